@@ -1,0 +1,37 @@
+"""Training: state, step, run, sweep, devices, checkpoints, logs and reports."""
+
+from balance_jax.training.mesh import data_mesh, data_parallel, replicate
+from balance_jax.training.run import TrainingDivergedError, run
+from balance_jax.training.state import TrainState, init_state
+from balance_jax.training.step import METRICS, Batch, Share, Step, make_step
+from balance_jax.training.sweep import (
+  SweepRuns,
+  chain,
+  product,
+  run_sweep,
+  stack_cells,
+  sweep,
+  zip_,
+)
+
+__all__ = [
+  "Batch",
+  "METRICS",
+  "Share",
+  "Step",
+  "SweepRuns",
+  "TrainState",
+  "TrainingDivergedError",
+  "chain",
+  "data_mesh",
+  "data_parallel",
+  "init_state",
+  "make_step",
+  "product",
+  "replicate",
+  "run",
+  "run_sweep",
+  "stack_cells",
+  "sweep",
+  "zip_",
+]

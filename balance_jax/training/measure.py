@@ -1,0 +1,105 @@
+"""Measurements on a state: losses by group on held-out rows, variance of the gradient estimate."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from balance_jax import _checks
+from balance_jax.losses import WeightedMean, group_weighted_mean
+from balance_jax.mixing import estimator_moments
+from balance_jax.training.state import TrainState
+from balance_jax.training.step import Batch, Step
+
+
+def evaluation_batches(table, rows_per_group: int, batch_size: int) -> Batch:
+  """The first rows of every group in batches of one shape, padded with masked rows.
+
+  Args:
+    table: `GroupTable` of held-out rows.
+    rows_per_group: at most so many rows of a group, >= 1.
+    batch_size: B, rows in a batch, >= 1.
+
+  Returns:
+    `Batch` whose arrays have the leading axes (batches, B); weights are 1.
+  """
+  _checks.check_number("rows_per_group", rows_per_group, low=1)
+  _checks.check_number("batch_size", batch_size, low=1)
+  counts = np.minimum(table.sizes, rows_per_group)
+  groups = np.repeat(np.arange(len(counts)), counts)
+  indices = np.concatenate([np.arange(count) for count in counts])
+  pad = -len(groups) % batch_size
+  where = np.arange(len(groups) + pad) < len(groups)
+  groups, indices = np.pad(groups, (0, pad)), np.pad(indices, (0, pad))
+  batch = Batch(table.take(groups, indices), groups, np.ones(len(groups), np.float32), where)
+  return jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), batch)
+
+
+def evaluate(step: Step, state: TrainState, batches: Batch) -> WeightedMean:
+  """Mean loss by group over all batches, unweighted.
+
+  Args:
+    step: gives the loss; it is called with a constant key.
+    state: gives the parameters.
+    batches: `Batch` with leading axes (batches, B), see `evaluation_batches`.
+
+  Returns:
+    `WeightedMean` of (K,).
+  """
+
+  def one(batch):
+    losses = step.per_example_loss(state.params, batch.rows, jax.random.key(0))
+    return group_weighted_mean(losses, batch.groups, step.num_groups, where=batch.where)
+
+  return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(one, batches))
+
+
+def gradient_variance(
+  step: Step, state: TrainState, table: Any, *, examples: int, batches: int
+) -> dict[str, jax.Array]:
+  """Variance of one mini-batch gradient at a state: predicted from moments, and observed.
+
+  The prediction puts the measured moments of the groups into `estimator_moments` with the p and r
+  of this step. The observation is the scatter of the gradients of `batches` mini-batches drawn and
+  weighted as the step would, but with independent draws, which is what the formula is about; fixed
+  quotas can only lower it.
+
+  Args:
+    step: the step; its optimizer plays no part.
+    state: gives parameters, mixture and position; nothing is changed.
+    table: the `GroupTable`.
+    examples: examples of each group for the moments, >= 2.
+    batches: mini-batches of the observation, >= 2.
+
+  Returns:
+    dict of "second_moment" (K,), G by group; "predicted_variance", "observed_variance", float
+    scalars, the trace of the covariance of the batch gradient.
+  """
+  _checks.check_number("examples", examples, low=2)
+  _checks.check_number("batches", batches, low=2)
+  moments = step.measure(state, table, examples)
+  p, r = step.mixer.weights(state.mixer, state.step)
+  predicted = estimator_moments(p, r, moments.second_moment, gram=moments.gram)["variance"]
+  independent = dataclasses.replace(step, allocation="multinomial")
+
+  def gradient(key):
+    drawn, batch = independent.draw(dataclasses.replace(state, key=key), table)
+    share = independent.share(drawn, batch, batch.count())
+    return ravel_pytree(share.grads)[0]
+
+  def accumulate(sums, key):
+    grad = gradient(key)
+    return (sums[0] + grad, sums[1] + jnp.sum(jnp.square(grad))), None
+
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  keys = jax.random.split(jax.random.fold_in(state.key, state.step), batches)
+  (total, squares), _ = jax.lax.scan(accumulate, (jnp.zeros(num_params), jnp.zeros(())), keys)
+  observed = (squares - jnp.sum(jnp.square(total)) / batches) / (batches - 1)
+  return {
+    "second_moment": moments.second_moment,
+    "predicted_variance": predicted / step.batch_size,
+    "observed_variance": observed,
+  }

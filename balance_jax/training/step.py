@@ -1,0 +1,339 @@
+"""The training step: the only place where model, loss, mixer and optimizer meet.
+
+A step is made of additive shares. `share` gives one part of the batch's contribution to the loss
+and its gradient, already divided by the global number of examples; shares add up over
+micro-batches and over devices to the whole, whatever the weights. `finish` applies the sum. So one
+device, several devices and accumulation run the same two functions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from balance_jax import _checks
+from balance_jax.gradients import measure_gradient_moments
+from balance_jax.losses import WeightedMean, group_weighted_mean, weighted_mean
+from balance_jax.mixing import GroupStreams, Mixer, allocate_counts, importance_weights
+from balance_jax.mixing.mixer import MEASURED, OBSERVATIONS
+from balance_jax.mixing.quotas import METHODS as ALLOCATIONS
+from balance_jax.training.state import TrainState
+
+METRICS = {
+  "loss": "float scalar: sum_b w_b loss_b / count, the estimate of the objective",
+  "grad_norm": "float scalar: norm of the gradient before the optimizer sees it",
+  "group_loss": "WeightedMean of (K,): unweighted losses of the batch by group",
+  "mixture": "dict of p and r, float (K,): what this step optimised and drew",
+  "epochs": "float (K,): passes over each group after this step",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Examples with their groups and loss weights.
+
+  Attributes:
+    rows: pytree of arrays (B, ...), what the loss reads.
+    groups: int (B,), each in [0, K).
+    weights: float (B,), loss weights p / r.
+    where: bool (B,), False for padding; None where every example is valid.
+  """
+
+  rows: Any
+  groups: jax.Array
+  weights: jax.Array
+  where: jax.Array | None = None
+
+  def count(self) -> jax.Array:
+    """Number of valid examples, float32 scalar."""
+    if self.where is None:
+      return jnp.asarray(self.weights.shape[0], jnp.float32)
+    return self.where.sum(dtype=jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A part of a batch's loss, gradient and group losses; parts add up to the batch's."""
+
+  loss: jax.Array
+  grads: Any
+  group_loss: WeightedMean | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """A training step; build it with `make_step`. `step(state, batch) -> (state, metrics)`."""
+
+  per_example_loss: Callable[[Any, Any, Any], jax.Array]
+  optimizer: optax.GradientTransformation
+  mixer: Mixer
+  table: Any
+  num_groups: int
+  batch_size: int
+  allocation: str
+  metrics: tuple[str, ...]
+  micro_batches: int
+  measure_every: int
+  measure_examples: int
+  streams: GroupStreams | None
+  constrain: Callable[[Batch], Batch] = lambda batch: batch
+
+  def draw(self, state: TrainState, table, part=None) -> tuple[TrainState, Batch]:
+    """Draws the batch of this step on the device and moves the streams.
+
+    Args:
+      state: the state before the step.
+      table: a `GroupTable` of the same groups as the one given to `make_step`.
+      part: (index, parts) to read only that equal part of the rows; the draw itself is the same on
+        every device.
+
+    Returns:
+      (state with the streams moved on, `Batch` of batch_size / parts examples).
+    """
+    _, r = self.mixer.weights(state.mixer, state.step)
+    quota_key, _, _ = _step_keys(state)
+    counts, carry = allocate_counts(quota_key, r, self.batch_size, self.allocation, state.carry)
+    # One key for the whole run: the streams themselves are keyed by group and epoch.
+    groups, indices, streams = self.streams.take(state.key, state.streams, counts, self.batch_size)
+    weights = self.example_weights(state, groups)
+    if part is not None:
+      index, parts = part
+      size = self.batch_size // parts
+      groups, indices, weights = (
+        jax.lax.dynamic_slice_in_dim(x, index * size, size) for x in (groups, indices, weights)
+      )
+    batch = Batch(table.take(groups, indices), groups, weights)
+    return dataclasses.replace(state, streams=streams, carry=carry), batch
+
+  def example_weights(self, state: TrainState, groups) -> jax.Array:
+    """float (B,): loss weight p / r of each example, for batches composed elsewhere."""
+    return importance_weights(*self.mixer.weights(state.mixer, state.step))[groups]
+
+  def share(self, state: TrainState, batch: Batch, count) -> Share:
+    """The contribution of `batch` to a loss averaged over `count` examples in all."""
+    _, key, _ = _step_keys(state)
+    if self.micro_batches == 1:
+      return self._share(state.params, batch, count, key)
+    parts = jax.tree.map(lambda x: x.reshape(self.micro_batches, -1, *x.shape[1:]), batch)
+
+    def accumulate(total, part):
+      index, micro = part
+      share = self._share(state.params, micro, count, jax.random.fold_in(key, index))
+      return jax.tree.map(jnp.add, total, share), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(self._share, state.params, first, count, key)
+    # zeros_like, not zeros: under shard_map the zeros must vary over the mesh as the shares do.
+    zero = jax.tree.map(jnp.zeros_like, shapes)
+    return jax.lax.scan(accumulate, zero, (jnp.arange(self.micro_batches), parts))[0]
+
+  def _share(self, params, batch: Batch, count, key) -> Share:
+    def objective(params):
+      losses = self.per_example_loss(params, batch.rows, key)
+      _checks.check_shape("the result of per_example_loss", losses, batch.weights.shape)
+      num = weighted_mean(losses, batch.weights, batch.where).num
+      return num / jnp.maximum(count, 1.0), losses
+
+    (loss, losses), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    group_loss = None
+    if "group_loss" in self.metrics or self.mixer.needs & {"group_loss", "group_count"}:
+      group_loss = group_weighted_mean(losses, batch.groups, self.num_groups, where=batch.where)
+    return Share(loss, grads, group_loss)
+
+  def finish(self, state: TrainState, share: Share, table=None) -> tuple[TrainState, dict]:
+    """Applies the whole gradient, updates the rule and collects the metrics asked for.
+
+    Args:
+      state: the state whose parameters gave the share.
+      share: the sum over all parts of the batch.
+      table: the `GroupTable`, for mixers that need measured gradient moments.
+
+    Returns:
+      (state after the step, dict of the metrics named in `make_step`; see `METRICS`).
+    """
+    updates, opt_state = self.optimizer.update(share.grads, state.opt_state, state.params)
+    after = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      mixer=self._update_mixer(state, share, table),
+    )
+    return after, self._collect(state, after, share)
+
+  def __call__(self, state: TrainState, batch: Batch, table=None) -> tuple[TrainState, dict]:
+    """One step on a given batch; `run` draws its batches with `draw`."""
+    return self.finish(state, self.share(state, batch, batch.count()), table)
+
+  def _collect(self, before, after, share) -> dict:
+    readers = {
+      "loss": lambda: share.loss,
+      "grad_norm": lambda: optax.tree.norm(share.grads),
+      "group_loss": lambda: share.group_loss,
+      "mixture": lambda: dict(
+        zip("pr", self.mixer.weights(before.mixer, before.step), strict=True)
+      ),
+      "epochs": lambda: self.streams.epochs_seen(after.streams),
+    }
+    return {name: readers[name]() for name in self.metrics}
+
+  def _update_mixer(self, state, share, table):
+    needs = self.mixer.needs
+    observation = {}
+    if needs & {"group_loss", "group_count"}:
+      observation["group_loss"] = share.group_loss.mean()
+      observation["group_count"] = share.group_loss.den
+    if "epochs_seen" in needs:
+      observation["epochs_seen"] = self.streams.epochs_seen(state.streams)
+    if not needs & MEASURED:
+      return self.mixer.update(state.mixer, observation) if needs else state.mixer
+    if table is None:
+      raise ValueError(
+        f"the mixer needs {sorted(needs & MEASURED)}, measured on examples of the table; "
+        "give the table to the step"
+      )
+
+    def measured():
+      moments = self.measure(state, table)
+      found = {"group_second_moment": moments.second_moment, "group_gram": moments.gram}
+      return self.mixer.update(state.mixer, observation | found)
+
+    due = state.step % self.measure_every == 0
+    return jax.lax.cond(due, measured, lambda: self.mixer.update(state.mixer, observation))
+
+  def measure(self, state: TrainState, table, examples: int | None = None):
+    """Gradient moments at the state's parameters from random examples of every group.
+
+    Args:
+      state: gives the parameters and, with its step, the examples; no stream moves.
+      table: the `GroupTable`.
+      examples: examples of each group, drawn with replacement; `measure_examples` by default.
+
+    Returns:
+      `GradientMoments`.
+    """
+    examples = examples or self.measure_examples
+    _, loss_key, key = _step_keys(state)
+    groups = jnp.repeat(jnp.arange(self.num_groups), examples)
+    sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
+    indices = jax.random.randint(key, groups.shape, 0, sizes)
+    return measure_gradient_moments(
+      self.per_example_loss,
+      state.params,
+      table.take(groups, indices),
+      groups,
+      self.num_groups,
+      key=loss_key,
+      chunk=min(groups.shape[0], 64),
+    )
+
+  def advance(self, state: TrainState, table, length: int) -> tuple[TrainState, dict]:
+    """`length` steps in one scan, batches drawn inside; metrics stacked along the first axis."""
+
+    def body(state, _):
+      state, batch = self.draw(state, table)
+      return self(state, self.constrain(batch), table)
+
+    return jax.lax.scan(body, state, None, length=length)
+
+  @functools.cached_property
+  def compiled_advance(self):
+    """`advance` under jit with the state donated; kept, so that a second `run` compiles nothing."""
+    return jax.jit(self.advance, static_argnums=2, donate_argnums=0)
+
+
+def _step_keys(state: TrainState):
+  """Keys of one step by purpose: quotas, loss, measurement."""
+  return jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+
+
+def make_step(
+  per_example_loss: Callable[[Any, Any, Any], jax.Array],
+  optimizer: optax.GradientTransformation,
+  mixer: Mixer,
+  table=None,
+  *,
+  batch_size: int,
+  num_groups: int | None = None,
+  allocation: str = "stratified",
+  metrics: Sequence[str] | None = None,
+  micro_batches: int = 1,
+  measure_every: int = 50,
+  measure_examples: int = 4,
+) -> Step:
+  """Builds a training step.
+
+  Args:
+    per_example_loss: per_example_loss(params, rows, key) -> float (B,), one loss per example.
+    optimizer: any optax optimizer.
+    mixer: what is optimised and drawn; see `balance_jax.mixing`.
+    table: the `GroupTable` that batches are drawn from; None where they come from the host.
+    batch_size: examples in a step, >= 1.
+    num_groups: K; needed only without a table.
+    allocation: how r becomes counts, "stratified", "systematic" or "multinomial"; see
+      `allocate_counts`.
+    metrics: names out of `METRICS`; all that apply by default. What is not named is not computed.
+    micro_batches: parts the batch is processed in, one after another; divides batch_size.
+    measure_every: steps between measurements of gradient moments, for mixers that need them.
+    measure_examples: examples of each group in such a measurement, >= 2.
+
+  Returns:
+    `Step`: `step(state, batch) -> (state, metrics)`, pure.
+
+  Raises:
+    ValueError: for an argument outside its range, an unknown name, a table whose K differs.
+  """
+  for name, value, low in (
+    ("batch_size", batch_size, 1),
+    ("micro_batches", micro_batches, 1),
+    ("measure_every", measure_every, 1),
+    ("measure_examples", measure_examples, 2),
+  ):
+    _checks.check_number(name, value, low=low)
+  if batch_size % micro_batches:
+    raise ValueError(f"micro_batches is {micro_batches}; it must divide batch_size = {batch_size}")
+  _checks.check_choice("allocation", allocation, ALLOCATIONS)
+  available = [name for name in METRICS if table is not None or name != "epochs"]
+  metrics = tuple(available if metrics is None else metrics)
+  for name in metrics:
+    _checks.check_choice("metrics", name, available)
+  for name in mixer.needs:
+    _checks.check_choice("mixer.needs", name, OBSERVATIONS)
+  if table is not None:
+    if num_groups not in (None, len(table.group_sizes)):
+      raise ValueError(f"num_groups is {num_groups}; the table has {len(table.group_sizes)} groups")
+    num_groups = len(table.group_sizes)
+  elif num_groups is None:
+    raise ValueError("num_groups is missing; it is needed where no table is given")
+  _check_mixer(mixer, num_groups)
+  return Step(
+    per_example_loss=per_example_loss,
+    optimizer=optimizer,
+    mixer=mixer,
+    table=table,
+    num_groups=num_groups,
+    batch_size=batch_size,
+    allocation=allocation,
+    metrics=metrics,
+    micro_batches=micro_batches,
+    measure_every=measure_every,
+    measure_examples=measure_examples,
+    streams=None if table is None else GroupStreams(table.group_sizes),
+  )
+
+
+def _check_mixer(mixer: Mixer, num_groups: int) -> None:
+  """A mixer made for other groups than the table's is the likeliest mistake of all."""
+
+  def read_out():
+    return mixer.weights(mixer.init(jax.random.key(0)), jnp.zeros((), jnp.int32))
+
+  for name, value in zip("pr", jax.eval_shape(read_out), strict=True):
+    if value.shape != (num_groups,):
+      raise ValueError(f"the mixer's {name} has shape {value.shape}; expected ({num_groups},)")

@@ -1,0 +1,120 @@
+"""The folder of one run: its config, checkpoints, metrics, results and report.
+
+A folder belongs to one config. The same command again goes on where it stopped; another config is
+refused with the keys that differ.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from balance_jax.training.metric_log import replace_file
+
+
+class WorkdirError(ValueError):
+  """The folder cannot be used: not writable, or it holds another run."""
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+  """Nested mapping -> {"a.b": value}; an empty mapping stays as a value."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = dict(value) if isinstance(value, Mapping) else value
+  return flat
+
+
+class Workdir:
+  """Paths in a run's folder and the JSON files in it.
+
+  Args:
+    path: the folder; `open` makes it.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = Path(path).absolute()
+    self.checkpoints = self.path / "checkpoints"
+    self.metrics = self.path / "metrics.jsonl"
+    self.report = self.path / "report.html"
+    self.tensorboard = self.path / "tensorboard"
+
+  def check(self, config: Mapping) -> bool:
+    """Whether this config has begun here; writes nothing.
+
+    Raises:
+      WorkdirError: the folder cannot be written, or holds another config's run (names the keys).
+    """
+    existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+    if not existing.is_dir():
+      raise WorkdirError(f"workdir {self.path}: {existing} is not a folder")
+    # A trial file: for the superuser of a read-only file system os.access says yes.
+    probe = existing / f".balance_jax_{os.getpid()}"
+    try:
+      probe.touch()
+      probe.unlink()
+    except OSError as error:
+      raise WorkdirError(
+        f"workdir {self.path} cannot be written ({error.strerror}); choose another --workdir"
+      ) from error
+    old = self.read("config.json")
+    if old is None:
+      if self.path.exists() and any(self.path.iterdir()):
+        raise WorkdirError(
+          f"workdir {self.path} is not empty and holds no config.json; choose another --workdir"
+        )
+      return False
+    self._check_same(flatten(old), flatten(plain(config)))
+    return True
+
+  def _check_same(self, old: dict, new: dict) -> None:
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if keys:
+      changes = [f"{k} was {old.get(k, 'absent')}, is {new.get(k, 'absent')}" for k in keys[:8]]
+      more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+      raise WorkdirError(
+        f"workdir {self.path} holds another config's run: {'; '.join(changes)}{more}; "
+        "choose another --workdir or remove it"
+      )
+
+  def open(self, config: Mapping) -> None:
+    """Makes the folder and writes config.json where there is none."""
+    if not self.check(config):
+      self.write("config.json", plain(config))
+
+  def write(self, name: str, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(self.path / name, text.encode())
+
+  def read(self, name: str) -> Any:
+    """The content of a JSON file, or None where it does not exist.
+
+    Raises:
+      WorkdirError: the file is not JSON.
+    """
+    path = self.path / name
+    if not path.exists():
+      return None
+    try:
+      return json.loads(path.read_text())
+    except ValueError as error:
+      raise WorkdirError(f"{path} is damaged ({error}); remove the workdir {self.path}") from error
+
+
+def plain(config: Mapping) -> Any:
+  """The config as JSON gives it back: tuples are lists, infinities are strings."""
+
+  def convert(value):
+    if isinstance(value, Mapping):
+      return {str(key): convert(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return [convert(item) for item in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+      return str(value)
+    return value
+
+  return convert(config)

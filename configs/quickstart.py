@@ -1,0 +1,82 @@
+"""Upsample or upweight? Eight languages, six methods, three seeds, on a laptop.
+
+Repeats the question of Li et al., 2025 (arXiv 2410.04579) on the translation catalogues of
+plone.app.locales, whose languages differ 25-fold in size.
+
+  python -m balance_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.title = "Upsample or upweight?"
+  config.task = "language_model"
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "plone_catalogues"  # a name in data.SOURCES, tfds:NAME, or a folder
+  config.data.languages = ("es", "fr", "nl", "pl", "hu", "hr", "lv", "rm")  # () for all
+  config.data.directory = ""  # of prepared data; "" for the default cache
+  config.data.group_key = "language"  # feature that names the group of an example
+  config.data.text_key = "text"  # feature that holds the text
+  config.data.window = 64  # bytes predicted per row
+  config.data.eval_rows = 48  # held-out rows per language, at most
+
+  config.model = ml_collections.ConfigDict()
+  config.model.width = 48
+  config.model.depth = 2  # blocks
+  config.model.heads = 3
+  config.model.mlp_ratio = 4  # hidden units of the MLP per unit of width
+  config.model.qk_norm = "none"  # or "per_head"
+  config.model.dtype = "float32"  # of the computation; parameters are float32
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 1e-2  # peak
+  config.optimizer.warmup_fraction = 0.05  # share of the steps
+  config.optimizer.end_fraction = 0.1  # last learning rate, share of the peak
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.eps = 1e-8
+  config.optimizer.clip_norm = float("inf")  # clipping would bias the upweighted gradients
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 600
+  config.train.batch_size = 32  # rows
+  config.train.allocation = "stratified"  # or "systematic", "multinomial"
+  config.train.micro_batches = 1
+  config.train.chunk = 50  # steps between two looks of the host
+  config.train.eval_every = 50
+  config.train.checkpoint_every = 200
+  config.train.measure_every = 50  # steps between measurements for draw = "optimal"
+  config.train.measure_examples = 4  # examples per group in one
+  config.train.variance_every = 200  # steps between two reports of the gradient variance
+  config.train.variance_examples = 16  # examples per group for the prediction
+  config.train.variance_batches = 16  # mini-batches for the observation
+
+  # Every method that can be named in `methods`: a mixer of balance_jax.mixing.MIXERS and its
+  # arguments. draw: target = upsample, natural = upweight, optimal = least variance.
+  config.mixers = ml_collections.ConfigDict()
+  config.mixers.proportional = {"mixer": "proportional", "draw": "target"}
+  config.mixers.uniform = {"mixer": "uniform", "draw": "target"}
+  config.mixers.temperature_5 = {"mixer": "temperature", "tau": 5.0, "draw": "target"}
+  config.mixers.scalarization_5 = {"mixer": "temperature", "tau": 5.0, "draw": "natural"}
+  config.mixers.optimal_5 = {"mixer": "temperature", "tau": 5.0, "draw": "optimal"}
+  config.mixers.cooldown = {"mixer": "cooldown", "tau_hi": 5.0, "tau_lo": 1.0, "draw": "target"}
+  config.mixers.cooldown.switch_step = config.train.get_ref("steps") // 2
+  config.methods = (
+    "proportional",
+    "temperature_5",
+    "scalarization_5",
+    "optimal_5",
+    "cooldown",
+    "uniform",
+  )
+  config.reference = "temperature_5"  # differences and variance ratios are against this method
+  config.seeds = (0, 1, 2)
+  # Numbers of the optimizer to sweep, such as {"learning_rate": (3e-3, 1e-2)}; one program for all.
+  config.sweep = ml_collections.ConfigDict()
+  config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
+  config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
+  return config
