@@ -1,16 +1,61 @@
-"""From an ml_collections config to plain values, once, at the border."""
+"""The border: from the command line and an ml_collections config to plain values, once."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import config_dict
+
+
+class FlagsError(ValueError):
+  """The command line cannot be used; the message says why."""
+
+
+def parse_flags(flag_values: flags.FlagValues, argv: list[str]) -> tuple[dict[str, Any], str]:
+  """Reads --config and --workdir.
+
+  Args:
+    flag_values: with the flags "config" (a config file) and "workdir" defined.
+    argv: the command line, the program first.
+
+  Returns:
+    (resolved config, workdir).
+
+  Raises:
+    FlagsError: an unknown flag or key (with the nearest ones), a value of the wrong type, a flag
+      that is missing, a required field without a value.
+  """
+  try:
+    rest = flag_values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # The message itself, as str() of a KeyError is its repr; ml_collections nests them.
+    message = error
+    while isinstance(message, BaseException) and message.args:
+      message = message.args[0]
+    raise FlagsError(" ".join(str(message).split())) from error
+  if rest[1:]:
+    raise FlagsError(f"unexpected argument {rest[1]!r}; flags start with --")
+  for name in ("config", "workdir"):
+    if not flag_values[name].value:
+      raise FlagsError(
+        f"--{name} is missing; usage: python -m balance_jax.main --config=FILE --workdir=DIR"
+      )
+  return resolve(flag_values["config"].value), flag_values["workdir"].value
+
+
+def cache_directory(name: str) -> str:
+  """A folder of balance_jax below $XDG_CACHE_HOME, by default ~/.cache."""
+  cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return str(Path(cache).expanduser() / "balance_jax" / name)
 
 
 def resolve(config: config_dict.ConfigDict) -> dict[str, Any]:
   """The config as nested plain dicts, with references followed and required fields present.
 
   Raises:
-    ValueError: a required field (placeholder) has no value; names the key.
+    FlagsError: a required field (placeholder) has no value; names the key.
   """
   return _plain(config, "")
 
@@ -21,5 +66,5 @@ def _plain(value: Any, path: str) -> Any:
   if isinstance(value, Mapping):
     return {key: _plain(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
   if value is None:
-    raise ValueError(f"config.{path} has no value; give it with --config.{path}=...")
+    raise FlagsError(f"config.{path} has no value; give it with --config.{path}=...")
   return tuple(value) if isinstance(value, list) else value

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from balance_jax import _checks
+from balance_jax.data import CorruptedDataError, DatasetNotInstalledError
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.language_model import Task, language_model
 from balance_jax.training.measure import evaluate, gradient_variance
@@ -31,6 +32,10 @@ from balance_jax.training.run import check_finite
 from balance_jax.training.workdir import Workdir, flatten, plain
 
 TASKS = {"language_model": language_model}
+
+
+class BadInputError(ValueError):
+  """The config, the data or the folder cannot be used; the message says which and why."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -48,26 +53,27 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
   """Runs the experiment of a resolved config in the folder `path`; prints the table at the end.
 
   Raises:
-    ValueError: a wrong value in the config, or a folder that cannot be used (`WorkdirError`).
-    DatasetNotInstalledError, CorruptedDataError: the data cannot be read.
+    BadInputError: a wrong value in the config, data that cannot be read, a folder that cannot be
+      used. Nothing has been written then.
     TrainingDivergedError: a loss became NaN; the last good checkpoint is kept.
     InterruptedRunError: stopped by Ctrl-C or SIGTERM, saved.
   """
-  check_schedule(config)
-  _checks.check_choice("task", config["task"], TASKS)
   folder = Workdir(path)
-  if folder.check(config) and (results := folder.read("results.json")) is not None:
-    print(results["table"])
-    print(f"finished before; nothing to do. Report: {folder.report}")
-    return
-  task = TASKS[config["task"]](config)
-  shapes = jax.eval_shape(task.runs.init)
-  folder.open(config)
-  began = time.monotonic()
+  try:
+    check_schedule(config)
+    _checks.check_choice("task", config["task"], TASKS)
+    if folder.check(config) and (results := folder.read("results.json")) is not None:
+      print(results["table"])
+      print(f"finished before; nothing to do. Report: {folder.report}")
+      return
+    task = TASKS[config["task"]](config)
+    shapes = jax.eval_shape(task.runs.init)
+    folder.open(config)
+  except (ValueError, DatasetNotInstalledError, CorruptedDataError, ImportError) as error:
+    raise BadInputError(str(error)) from error
   with Checkpointer(folder.checkpoints) as checkpoints:
-    _train(config, task, folder, checkpoints, shapes)
-    seconds = checkpoints.restore(shapes)[1]["seconds"]
-  print(_conclude(config, task, folder, max(seconds, time.monotonic() - began)))
+    seconds = _train(config, task, folder, checkpoints, shapes)
+  print(_conclude(config, task, folder, seconds))
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:
@@ -82,8 +88,8 @@ def check_schedule(config: Mapping[str, Any]) -> None:
       )
 
 
-def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> None:
-  """Chunks of steps with records, measurements and checkpoints between them."""
+def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> float:
+  """Chunks of steps with records, measurements and checkpoints between them; returns seconds."""
   train = config["train"]
   done, before = checkpoints.latest_step(), 0.0
   if not done:
@@ -104,8 +110,11 @@ def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> None:
     Progress(train["steps"], task.runs.num_runs, start_step=done) as progress,
   ):
 
+    def elapsed():
+      return before + time.monotonic() - began
+
     def save():
-      checkpoints.save(done, states, {"seconds": before + time.monotonic() - began})
+      checkpoints.save(done, states, {"seconds": elapsed()})
 
     if done == 0:
       log.write(evaluation_records(task, states, "eval", task.validation))
@@ -127,6 +136,7 @@ def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> None:
         save()
       if caught and done < train["steps"]:
         raise InterruptedRunError(caught[0], done, folder.path)
+    return elapsed()
 
 
 def _check_runs(task: Task, metrics, first_step: int) -> None:

@@ -60,14 +60,14 @@ def language_model(config: Mapping[str, Any]) -> Task:
   load = functools.partial(_load_table, config["data"])
   table, validation, test = load("train"), load("validation"), load("test")
   per_example_loss, init_params, model_facts = _model(config["model"], config["data"]["window"])
-  train, optimizer = config["train"], dict(config["optimizer"])
+  train = config["train"]
   methods = [make(table.sizes) for make in mixers]
 
   def build(cell: dict) -> Step:
-    numbers = optimizer | {name: cell[name] for name in config["sweep"]}
+    swept = {name: cell[name] for name in config["sweep"]}
     return make_step(
       per_example_loss,
-      adamw(total_steps=train["steps"], **numbers),
+      _optimizer(config, swept),
       mixing.select(methods, cell["method"]),
       table,
       batch_size=train["batch_size"],
@@ -118,6 +118,9 @@ def _check_config(config) -> list[Callable]:
     _checks.check_choice("sweep", name, SWEEPABLE)
     if not isinstance(values, list | tuple) or not values:
       raise ValueError(f"sweep.{name} is {values!r}; expected a tuple of numbers")
+    for value in values:  # the runs see traced numbers, which nobody can check
+      _optimizer(config, {name: value})
+  _optimizer(config, {})
   makers = []
   for method in config["methods"]:
     _checks.check_choice("methods", method, config["mixers"])
@@ -127,6 +130,10 @@ def _check_config(config) -> list[Callable]:
     makers.append(functools.partial(_named, method, make))
     makers[-1]([2, 1])  # most mistakes show with any sizes; before the data are read
   return makers
+
+
+def _optimizer(config, swept: Mapping):
+  return adamw(total_steps=config["train"]["steps"], **{**config["optimizer"], **swept})
 
 
 def _named(method: str, make: Callable, sizes) -> mixing.Mixer:

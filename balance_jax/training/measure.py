@@ -1,6 +1,5 @@
 """Measurements on a state: losses by group on held-out rows, variance of the gradient estimate."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -65,7 +64,7 @@ def gradient_variance(
   The prediction puts the measured moments of the groups into `estimator_moments` with the p and r
   of this step. The observation is the scatter of the gradients of `batches` mini-batches drawn and
   weighted as the step would, but with independent draws, which is what the formula is about; fixed
-  quotas can only lower it.
+  quotas and draws without replacement can only lower it.
 
   Args:
     step: the step; its optimizer plays no part.
@@ -83,12 +82,10 @@ def gradient_variance(
   moments = step.measure(state, table, examples)
   p, r = step.mixer.weights(state.mixer, state.step)
   predicted = estimator_moments(p, r, moments.second_moment, gram=moments.gram)["variance"]
-  independent = dataclasses.replace(step, allocation="multinomial")
 
   def gradient(key):
-    drawn, batch = independent.draw(dataclasses.replace(state, key=key), table)
-    share = independent.share(drawn, batch, batch.count())
-    return ravel_pytree(share.grads)[0]
+    batch = _independent_batch(step, state, table, r, key)
+    return ravel_pytree(step.share(state, batch, batch.count()).grads)[0]
 
   def accumulate(sums, key):
     grad = gradient(key)
@@ -103,3 +100,12 @@ def gradient_variance(
     "predicted_variance": predicted / step.batch_size,
     "observed_variance": observed,
   }
+
+
+def _independent_batch(step: Step, state: TrainState, table, r, key) -> Batch:
+  """Group and row of every example drawn for themselves, with replacement, as the formula has it."""
+  group_key, row_key = jax.random.split(key)
+  groups = jax.random.choice(group_key, step.num_groups, (step.batch_size,), p=r)
+  sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
+  indices = jax.random.randint(row_key, groups.shape, 0, sizes)
+  return Batch(table.take(groups, indices), groups, step.example_weights(state, groups))

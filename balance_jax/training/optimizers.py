@@ -65,7 +65,7 @@ def adamw(
   """
   for name, value in (("weight_decay", weight_decay), ("b1", b1), ("b2", b2)):
     _checks.check_number(name, value, low=0.0)
-  for name, value in (("eps", eps), ("clip_norm", clip_norm)):
+  for name, value in (("learning_rate", learning_rate), ("eps", eps), ("clip_norm", clip_norm)):
     _checks.check_number(name, value, low=0.0, open_low=True)
   _checks.check_number("warmup_fraction", warmup_fraction, low=0.0, high=0.999)
   schedule = warmup_cosine(

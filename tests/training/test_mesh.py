@@ -30,9 +30,7 @@ def test_eight_devices_equal_one(how, single_device):
   np.testing.assert_allclose(result.params["w"], after.params["w"], rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(parallel_history["loss"], history["loss"], rtol=1e-5)
   np.testing.assert_allclose(parallel_history["grad_norm"], history["grad_norm"], rtol=1e-5)
-  np.testing.assert_array_equal(
-    parallel_history["group_loss"].den, history["group_loss"].den
-  )
+  np.testing.assert_array_equal(parallel_history["group_loss"].den, history["group_loss"].den)
   np.testing.assert_array_equal(result.streams.offset, after.streams.offset)
 
 

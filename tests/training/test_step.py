@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from balance_jax import data, mixing, training
+from balance_jax import mixing, training
 from tests.training.problems import (
   CLASSES,
-  FEATURES,
   flops,
   init_params,
   make_problem,
@@ -45,7 +44,9 @@ def test_one_step_is_weighted_sgd():
   drawn, batch = draw(step, state)
   grad, loss = reference_gradient(state.params["w"], batch.rows, batch.weights)
   after, metrics = take(step, drawn, batch)
-  np.testing.assert_allclose(after.params["w"], state.params["w"] - 0.3 * grad, rtol=2e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    after.params["w"], state.params["w"] - 0.3 * grad, rtol=2e-5, atol=1e-6
+  )
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(grad), rtol=1e-5)
   assert int(after.step) == 1
@@ -143,6 +144,7 @@ def test_what_nobody_asks_for_costs_nothing():
 
   def plain(state, batch):
     """The same update written by hand: no group statistics, no norms."""
+
     def objective(params):
       return jnp.sum(batch.weights * per_example_loss(params, batch.rows, None)) / 16
 
@@ -249,4 +251,3 @@ def test_bad_arguments():
   wrong = dataclasses.replace(step, per_example_loss=lambda params, rows, key: jnp.zeros(()))
   with pytest.raises(ValueError, match="result of per_example_loss has shape"):
     wrong(drawn, batch, table)
-  assert FEATURES == data.GroupTable.from_rows({"a": table.rows}).rows["x"].shape[1]

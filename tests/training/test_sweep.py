@@ -16,8 +16,9 @@ MIXERS = (
   mixing.temperature(TABLE.sizes, 5.0, draw="optimal"),
   mixing.cooldown(TABLE.sizes, switch_step=3, draw="natural"),
 )
-CELLS = training.product(method=[0, 1, 2], rate=[0.1], seed=[3]) + [
-  {"method": 0, "rate": 0.5, "seed": 4}
+CELLS = [
+  *training.product(method=[0, 1, 2], rate=[0.1], seed=[3]),
+  {"method": 0, "rate": 0.5, "seed": 4},
 ]
 
 
