@@ -29,6 +29,9 @@ def parse_flags(flag_values: flags.FlagValues, argv: list[str]) -> tuple[dict[st
   """
   try:
     rest = flag_values(argv)
+    given, workdir = flag_values["config"].value, flag_values["workdir"].value
+    # Inside, because a config file that does not load raises only when it is read.
+    config = resolve(given) if given is not None else None
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     # The message itself, as str() of a KeyError is its repr; ml_collections nests them.
     message = error
@@ -37,12 +40,12 @@ def parse_flags(flag_values: flags.FlagValues, argv: list[str]) -> tuple[dict[st
     raise FlagsError(" ".join(str(message).split())) from error
   if rest[1:]:
     raise FlagsError(f"unexpected argument {rest[1]!r}; flags start with --")
-  for name in ("config", "workdir"):
-    if not flag_values[name].value:
+  for name, value in (("config", config), ("workdir", workdir)):
+    if not value:
       raise FlagsError(
         f"--{name} is missing; usage: python -m balance_jax.main --config=FILE --workdir=DIR"
       )
-  return resolve(flag_values["config"].value), flag_values["workdir"].value
+  return config, workdir
 
 
 def cache_directory(name: str) -> str:
@@ -57,7 +60,7 @@ def resolve(config: config_dict.ConfigDict) -> dict[str, Any]:
   Raises:
     FlagsError: a required field (placeholder) has no value; names the key.
   """
-  return _plain(config, "")
+  return {key: _plain(config[key], key) for key in config}
 
 
 def _plain(value: Any, path: str) -> Any:

@@ -67,6 +67,8 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
       print(f"finished before; nothing to do. Report: {folder.report}")
       return
     task = TASKS[config["task"]](config)
+    if config["reference"]:
+      _checks.check_choice("reference", config["reference"], {x["method"] for x in task.labels})
     shapes = jax.eval_shape(task.runs.init)
     folder.open(config)
   except (ValueError, DatasetNotInstalledError, CorruptedDataError, ImportError) as error:

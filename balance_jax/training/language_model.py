@@ -121,14 +121,15 @@ def _check_config(config) -> list[Callable]:
     for value in values:  # the runs see traced numbers, which nobody can check
       _optimizer(config, {name: value})
   _optimizer(config, {})
-  makers = []
+  makers, languages = [], config["data"]["languages"]
   for method in config["methods"]:
     _checks.check_choice("methods", method, config["mixers"])
     spec = dict(config["mixers"][method])
     _checks.check_choice(f"mixers.{method}.mixer", spec.get("mixer"), mixing.MIXERS)
     make = functools.partial(mixing.MIXERS[spec.pop("mixer")], **spec)
     makers.append(functools.partial(_named, method, make))
-    makers[-1]([2, 1])  # most mistakes show with any sizes; before the data are read
+    if languages:  # most mistakes show with any large sizes; before the data are read
+      makers[-1]([2.0**60] * len(languages))
   return makers
 
 

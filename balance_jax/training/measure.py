@@ -103,7 +103,7 @@ def gradient_variance(
 
 
 def _independent_batch(step: Step, state: TrainState, table, r, key) -> Batch:
-  """Group and row of every example drawn for themselves, with replacement, as the formula has it."""
+  """Every example draws its group and row for itself, with replacement, as in the formula."""
   group_key, row_key = jax.random.split(key)
   groups = jax.random.choice(group_key, step.num_groups, (step.batch_size,), p=r)
   sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]

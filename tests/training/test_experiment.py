@@ -1,0 +1,200 @@
+"""An experiment from config to report: stop, resume, refuse, diverge. Data are synthetic."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from balance_jax import data
+from balance_jax.training import TrainingDivergedError, experiment
+from balance_jax.training.checkpoint import Checkpointer
+from balance_jax.training.config import resolve
+from balance_jax.training.metric_log import read_records
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def load_config(path=None):
+  path = path or next(p for p in CONFIGS if p.stem == "quickstart")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def tiny(**changes):
+  """The quickstart at a size of seconds; changes are given as optimizer__learning_rate=..."""
+  config = load_config()
+  config.data.languages = ("big", "small")
+  config.data.window = 8
+  config.model.update(width=8, depth=1, heads=2)
+  config.train.update(
+    steps=12, chunk=4, batch_size=4, eval_every=4, checkpoint_every=8, variance_every=12,
+    measure_every=4, variance_examples=2, variance_batches=2,
+  )  # fmt: skip
+  config.methods = ("temperature_5", "optimal_5", "cooldown")
+  config.seeds = (0, 1)
+  config.parallel = "map"  # compiles fastest; the ways to map runs have their own tests
+  for name, value in changes.items():
+    *sections, key = name.split("__")
+    section = config
+    for part in sections:
+      section = section[part]
+    section[key] = value
+  return resolve(config)
+
+
+@pytest.fixture(autouse=True)
+def documents(monkeypatch):
+  """Text of two made-up languages in place of the prepared data."""
+  words = {"big": ["alpha", "beta", "gamma", "delta"], "small": ["uno", "due", "tre"]}
+
+  def load(source, split, *, languages, **kwargs):
+    rng = np.random.default_rng(len(split))
+    size = {"big": 400, "small": 30} if split == "train" else {"big": 30, "small": 30}
+    return {name: [" ".join(rng.choice(words[name], size[name]))] for name in languages}
+
+  monkeypatch.setattr(data, "load_documents", load)
+
+
+def records_of(path):
+  return read_records(path / "metrics.jsonl")
+
+
+def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
+  path = tmp_path / "run"
+  experiment.run_experiment(tiny(), path)
+  first = capsys.readouterr().out
+  assert {p.name for p in path.iterdir()} == {
+    "checkpoints", "config.json", "metrics.jsonl", "report.html", "results.json",
+  }  # fmt: skip
+  results = json.loads((path / "results.json").read_text())
+  assert set(results["summary"]["methods"]) == {"temperature_5", "optimal_5", "cooldown"}
+  assert len(results["test"]) == 6
+  assert results["model"]["parameters"] > 0
+  records = records_of(path)
+  assert [r["step"] for r in records if r["event"] == "eval"][::6] == [0, 4, 8, 12]
+  moments = [r for r in records if r["event"] == "moments"]
+  assert {(r["step"], r["observed_variance"] > 0) for r in moments} == {(12, True)}
+  cooldown = [r for r in records if r["method"] == "cooldown" and r["event"] == "train"]
+  early, late = cooldown[0]["p"][1], cooldown[-1]["p"][1]
+  assert late < early  # the switch at half of the steps lowers the small language's share
+  before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
+  experiment.run_experiment(tiny(), path)
+  again = capsys.readouterr().out
+  assert "finished before; nothing to do" in again
+  assert results["table"] in first
+  assert results["table"] in again
+  assert before == {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
+  with pytest.raises(experiment.BadInputError, match=r"train\.batch_size was 4, is 8"):
+    experiment.run_experiment(tiny(train__batch_size=8), path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_by_a_signal_and_resuming_is_exact(tmp_path, monkeypatch, number):
+  experiment.run_experiment(tiny(), tmp_path / "whole")
+  group_means = experiment.group_means
+
+  def stop_at_eight(task, metrics):
+    os.kill(os.getpid(), number)
+    return group_means(task, metrics)
+
+  monkeypatch.setattr(experiment, "group_means", stop_at_eight)
+  with pytest.raises(experiment.InterruptedRunError, match="at step 4; saved in") as stop:
+    experiment.run_experiment(tiny(), tmp_path / "parts")
+  assert stop.value.signum == number
+  assert not (tmp_path / "parts" / "results.json").exists()
+  monkeypatch.setattr(experiment, "group_means", group_means)
+  experiment.run_experiment(tiny(), tmp_path / "parts")
+  assert records_of(tmp_path / "parts") == records_of(tmp_path / "whole")
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # our handlers are gone
+
+
+def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+  path = tmp_path / "run"
+  config = tiny(optimizer__learning_rate=1e38, methods=("temperature_5",), seeds=(7,))
+  with pytest.raises(TrainingDivergedError, match="temperature_5 with seed 7") as error:
+    experiment.run_experiment(config, path)
+  assert 0 < error.value.step < 4
+  with Checkpointer(path / "checkpoints") as checkpoints:
+    assert checkpoints.latest_step() == 0
+  assert not (path / "results.json").exists()
+  assert records_of(path)  # what was measured before is kept
+
+
+def test_a_sweep_over_learning_rates_is_one_program(tmp_path):
+  config = tiny(
+    sweep__learning_rate=(1e-3, 1e-2), methods=("temperature_5",), reference="", seeds=(0,)
+  )
+  experiment.run_experiment(config, tmp_path / "run")
+  records = [r for r in records_of(tmp_path / "run") if r["event"] == "eval" and r["step"] == 12]
+  assert [r["method"] for r in records] == [
+    "temperature_5 learning_rate=0.001", "temperature_5 learning_rate=0.01",
+  ]  # fmt: skip
+  assert records[0]["learning_rate"] == 1e-3
+  assert records[0]["group_loss"] != records[1]["group_loss"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"methods": ("cooldwn",)}, r"methods is 'cooldwn' \(did you mean 'cooldown'"),
+    ({"methods": ()}, "methods is empty"),
+    ({"mixers__temperature_5__mixer": "temprature"}, "did you mean 'temperature'"),
+    ({"mixers__temperature_5__tau": 0.0}, r"mixers\.temperature_5: tau is 0\.0"),
+    ({"mixers__temperature_5__draw": "naturel"}, "did you mean 'natural'"),
+    ({"seeds": ()}, "seeds is empty"),
+    ({"train__batch_size": 0}, r"train\.batch_size is 0"),
+    ({"train__steps": 10}, r"train\.steps is 10; it must be a multiple of train\.chunk = 4"),
+    ({"train__micro_batches": 3}, "micro_batches is 3"),
+    ({"model__heads": 3}, "heads"),
+    ({"optimizer__eps": -1.0}, "eps is -1.0"),
+    ({"sweep__steps": (1, 2)}, "sweep is 'steps'"),
+    ({"sweep__learning_rate": (1e-3, -1.0)}, "learning_rate is -1.0"),
+    ({"sweep__learning_rate": ()}, r"sweep\.learning_rate is \(\)"),
+    ({"data__window": 2000}, "window = 2000"),
+    ({"parallel": "vmapp"}, "did you mean 'vmap'"),
+    ({"task": "langauge_model"}, "did you mean 'language_model'"),
+    ({"reference": "uniform"}, "reference is 'uniform'"),
+  ],
+)
+def test_bad_config_is_one_clear_error_and_writes_nothing(tmp_path, changes, message):
+  config = tiny(**changes)
+  with pytest.raises(experiment.BadInputError, match=message) as error:
+    experiment.run_experiment(config, tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_damaged_data_are_bad_input(tmp_path, monkeypatch):
+  for kind in (data.DatasetNotInstalledError, data.CorruptedDataError):
+
+    def load(*args, kind=kind, **kwargs):
+      raise kind("what to do")
+
+    monkeypatch.setattr(data, "load_documents", load)
+    with pytest.raises(experiment.BadInputError, match="what to do"):
+      experiment.run_experiment(tiny(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_builds_its_runs(path, monkeypatch):
+  """Shapes of all runs and of one step of each, without computing anything."""
+
+  def load(source, split, *, languages, **kwargs):
+    return {name: ["text of a language " * 60] for name in languages or ("aa", "bb")}
+
+  monkeypatch.setattr(data, "load_documents", load)
+  config = resolve(load_config(path))
+  experiment.check_schedule(config)
+  task = experiment.TASKS[config["task"]](config)
+  states = jax.eval_shape(task.runs.init)
+  after, metrics = jax.eval_shape(lambda states: task.runs.advance(states, 1), states)
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, states)
+  assert metrics["loss"].shape == (len(task.labels), 1)
