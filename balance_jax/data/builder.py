@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from balance_jax import _checks
 from balance_jax.data import digests, sources
 
@@ -57,7 +59,7 @@ def load_documents(
     data_dir: where data sets lie. None: $XDG_CACHE_HOME/balance_jax/datasets for sources (by
       default ~/.cache/balance_jax/datasets), $TFDS_DATA_DIR or ~/tensorflow_datasets for "tfds:".
     group_key: feature that names the group of an example.
-    text_key: feature with its text.
+    text_key: feature with its text, or with a sequence of texts.
 
   Returns:
     Group -> documents. A language of a source that has no string in this split has an empty list.
@@ -137,7 +139,11 @@ def _builder_class():
   tfds = _tfds()
 
   class GroupedText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A text source as a TFDS data set."""
+    """A text source as a TFDS data set: an example is all of one language's strings in a split.
+
+    TFDS decodes an example in about 40 us, however small, so one for every string would take
+    seconds to read.
+    """
 
     VERSION = tfds.core.Version(VERSION)
     name = _DATASET
@@ -155,7 +161,11 @@ def _builder_class():
         builder=self,
         description=f"{self._source.description} Split by the English source string.",
         features=tfds.features.FeaturesDict(
-          {name: tfds.features.Text() for name in sources.Record._fields}
+          {
+            "language": tfds.features.Text(),
+            "key": tfds.features.Sequence(tfds.features.Text()),
+            "text": tfds.features.Sequence(tfds.features.Text()),
+          }
         ),
         homepage=self._source.homepage,
         citation=self._source.citation,
@@ -164,14 +174,15 @@ def _builder_class():
 
     def _split_generators(self, dl_manager):
       del dl_manager  # everything is on this machine
-      records: dict[str, list[sources.Record]] = {split: [] for split in SPLITS}
+      records: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
       for record in self._records:
-        records[split_of(record.key)].append(record)
+        records[split_of(record.key)].setdefault(record.language, []).append(record)
       return {split: self._generate_examples(records[split]) for split in SPLITS}
 
-    def _generate_examples(self, records: list[sources.Record]) -> Iterator[tuple[str, dict]]:
-      for record in records:
-        yield f"{record.language}/{record.text}", record._asdict()
+    def _generate_examples(self, records: dict[str, list]) -> Iterator[tuple[str, dict]]:
+      for language, strings in records.items():
+        keys, texts = [record.key for record in strings], [record.text for record in strings]
+        yield language, {"language": language, "key": keys, "text": texts}
 
   return GroupedText
 
@@ -266,7 +277,7 @@ def _find_dataset(source: str, data_dir: Path) -> Path:
 def _read(
   directory: Path, split: str, group_key: str, text_key: str, verified: bool
 ) -> Iterator[tuple[str, str]]:
-  """(group, text) of each example, in the order of the disk."""
+  """(group, text) of each string, in the order of the disk; an example may hold several."""
   with _damage(directory, verified):
     builder = _tfds().builder_from_directory(str(directory))
     info = builder.info
@@ -278,7 +289,9 @@ def _read(
     group = example[group_key]
     # A ClassLabel is stored as a number and named by its feature.
     name = feature.int2str(int(group)) if hasattr(feature, "int2str") else _string(group, group_key)
-    yield name, _string(example[text_key], text_key)
+    texts = example[text_key]
+    for text in texts if isinstance(texts, list | np.ndarray) else [texts]:
+      yield name, _string(text, text_key)
 
 
 def _check_request(info: Any, split: str, group_key: str, text_key: str) -> None:
@@ -346,7 +359,7 @@ def _skip_others(features: Any, keys: tuple[str, str]) -> dict[str, Any] | None:
   heavy = [
     key
     for key, feature in features.items()
-    if key not in keys and not isinstance(feature, tfds.features.Text)
+    if key not in keys and not isinstance(feature, tfds.features.Text | tfds.features.Sequence)
   ]
   # None, not {}: with decoders TFDS takes six times as long for an example.
   return {key: tfds.decode.SkipDecoding() for key in heavy} or None
