@@ -38,7 +38,14 @@ setup(
   extras_require={
     "data": DATA,
     # A new minor version of ruff may format differently, which would turn a green check red.
-    "test": [*DATA, *TENSORBOARD, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.17,<0.18"],
+    "test": [
+      *DATA,
+      *TENSORBOARD,
+      "hypothesis>=6.100",
+      "pytest>=8.0",
+      "pytest-xdist>=3.6",
+      "ruff>=0.17,<0.18",
+    ],
     # On Linux the usual wheel brings gigabytes of CUDA libraries. PyTorch's own package index has a
     # CPU build; where pip is pointed at it, the same pin takes that one.
     "bench": ["torch==2.13.0"],
