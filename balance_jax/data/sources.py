@@ -129,7 +129,7 @@ def plone_catalogues(root: str | os.PathLike | None = None) -> Source:
     files=functools.partial(_plone_files, None if root is None else Path(root)),
     read_file=_read_po_file,
     description="Translated messages of Plone, from the .po files of plone.app.locales.",
-    homepage="https://pypi.org/project/plone.app.locales/",
+    homepage="https://github.com/collective/plone.app.locales",
     licence="GPL-2.0-only",
     citation="@misc{plone_app_locales, title={plone.app.locales}, "
     "author={Plone i18n team}, url={https://github.com/collective/plone.app.locales}}",

@@ -23,7 +23,7 @@ class Checkpointer:
   def __init__(self, directory, max_to_keep: int = 2):
     import orbax.checkpoint as ocp  # heavy, so only where checkpoints are used
 
-    _checks.check_number("max_to_keep", max_to_keep, low=1)
+    _checks.check_number("max_to_keep", max_to_keep, low=1, integer=True)
     self._ocp = ocp
     # Synchronous: the state is donated to the next step, so it must be on disk before that starts.
     options = ocp.CheckpointManagerOptions(

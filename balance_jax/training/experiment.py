@@ -82,7 +82,7 @@ def check_schedule(config: Mapping[str, Any]) -> None:
   """Raises ValueError unless the step counts of `config.train` fit together."""
   train = config["train"]
   for name in ("steps", "batch_size", "chunk", "eval_every", "checkpoint_every", "variance_every"):
-    _checks.check_number(f"train.{name}", train[name], low=1)
+    _checks.check_number(f"train.{name}", train[name], low=1, integer=True)
   for name in ("steps", "eval_every", "checkpoint_every", "variance_every"):
     if train[name] % train["chunk"]:
       raise ValueError(

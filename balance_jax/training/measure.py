@@ -25,8 +25,8 @@ def evaluation_batches(table, rows_per_group: int, batch_size: int) -> Batch:
   Returns:
     `Batch` whose arrays have the leading axes (batches, B); weights are 1.
   """
-  _checks.check_number("rows_per_group", rows_per_group, low=1)
-  _checks.check_number("batch_size", batch_size, low=1)
+  _checks.check_number("rows_per_group", rows_per_group, low=1, integer=True)
+  _checks.check_number("batch_size", batch_size, low=1, integer=True)
   counts = np.minimum(table.sizes, rows_per_group)
   groups = np.repeat(np.arange(len(counts)), counts)
   indices = np.concatenate([np.arange(count) for count in counts])
@@ -77,8 +77,8 @@ def gradient_variance(
     dict of "second_moment" (K,), G by group; "predicted_variance", "observed_variance", float
     scalars, the trace of the covariance of the batch gradient.
   """
-  _checks.check_number("examples", examples, low=2)
-  _checks.check_number("batches", batches, low=2)
+  _checks.check_number("examples", examples, low=2, integer=True)
+  _checks.check_number("batches", batches, low=2, integer=True)
   moments = step.measure(state, table, examples)
   p, r = step.mixer.weights(state.mixer, state.step)
   predicted = estimator_moments(p, r, moments.second_moment, gram=moments.gram)["variance"]

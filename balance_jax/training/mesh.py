@@ -25,7 +25,7 @@ def data_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
   """A mesh with the one axis "data" over the first `num_devices` devices (all by default)."""
   available = jax.device_count()
   num_devices = available if num_devices is None else num_devices
-  _checks.check_number("num_devices", num_devices, low=1, high=available)
+  _checks.check_number("num_devices", num_devices, low=1, high=available, integer=True)
   # Auto: with explicit axes the scatters and sorts of the losses would raise.
   return jax.make_mesh(
     (num_devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices]

@@ -61,8 +61,8 @@ def run(
   Raises:
     TrainingDivergedError: names the first step whose loss or gradient norm is not finite.
   """
-  _checks.check_number("num_steps", num_steps, low=1)
-  _checks.check_number("chunk", chunk, low=1)
+  _checks.check_number("num_steps", num_steps, low=1, integer=True)
+  _checks.check_number("chunk", chunk, low=1, integer=True)
   if step.table is None:
     raise ValueError("step has no table to draw from; call step(state, batch) on your own batches")
   first_step, history, unread = int(state.step), [], []

@@ -289,28 +289,18 @@ def make_step(
   Raises:
     ValueError: for an argument outside its range, an unknown name, a table whose K differs.
   """
-  for name, value, low in (
-    ("batch_size", batch_size, 1),
-    ("micro_batches", micro_batches, 1),
-    ("measure_every", measure_every, 1),
-    ("measure_examples", measure_examples, 2),
-  ):
-    _checks.check_number(name, value, low=low)
+  numbers = {
+    "batch_size": (batch_size, 1),
+    "micro_batches": (micro_batches, 1),
+    "measure_every": (measure_every, 1),
+    "measure_examples": (measure_examples, 2),
+  }
+  for name, (value, low) in numbers.items():
+    _checks.check_number(name, value, low=low, integer=True)
   if batch_size % micro_batches:
     raise ValueError(f"micro_batches is {micro_batches}; it must divide batch_size = {batch_size}")
   _checks.check_choice("allocation", allocation, ALLOCATIONS)
-  available = [name for name in METRICS if table is not None or name != "epochs"]
-  metrics = tuple(available if metrics is None else metrics)
-  for name in metrics:
-    _checks.check_choice("metrics", name, available)
-  for name in mixer.needs:
-    _checks.check_choice("mixer.needs", name, OBSERVATIONS)
-  if table is not None:
-    if num_groups not in (None, len(table.group_sizes)):
-      raise ValueError(f"num_groups is {num_groups}; the table has {len(table.group_sizes)} groups")
-    num_groups = len(table.group_sizes)
-  elif num_groups is None:
-    raise ValueError("num_groups is missing; it is needed where no table is given")
+  num_groups = _count_groups(table, num_groups)
   _check_mixer(mixer, num_groups)
   return Step(
     per_example_loss=per_example_loss,
@@ -320,7 +310,7 @@ def make_step(
     num_groups=num_groups,
     batch_size=batch_size,
     allocation=allocation,
-    metrics=metrics,
+    metrics=_choose_metrics(metrics, table),
     micro_batches=micro_batches,
     measure_every=measure_every,
     measure_examples=measure_examples,
@@ -328,8 +318,28 @@ def make_step(
   )
 
 
+def _choose_metrics(metrics: Sequence[str] | None, table) -> tuple[str, ...]:
+  """The metrics asked for; epochs are counted only where the step draws from a table."""
+  available = [name for name in METRICS if table is not None or name != "epochs"]
+  for name in metrics or ():
+    _checks.check_choice("metrics", name, available)
+  return tuple(available if metrics is None else metrics)
+
+
+def _count_groups(table, num_groups: int | None) -> int:
+  if table is None:
+    if num_groups is None:
+      raise ValueError("num_groups is missing; it is needed where no table is given")
+    return num_groups
+  if num_groups not in (None, len(table.group_sizes)):
+    raise ValueError(f"num_groups is {num_groups}; the table has {len(table.group_sizes)} groups")
+  return len(table.group_sizes)
+
+
 def _check_mixer(mixer: Mixer, num_groups: int) -> None:
   """A mixer made for other groups than the table's is the likeliest mistake of all."""
+  for name in mixer.needs:
+    _checks.check_choice("mixer.needs", name, OBSERVATIONS)
 
   def read_out():
     return mixer.weights(mixer.init(jax.random.key(0)), jnp.zeros((), jnp.int32))

@@ -277,8 +277,8 @@ def run_sweep(
   Raises:
     TrainingDivergedError: names the first run and step whose loss is not finite.
   """
-  _checks.check_number("num_steps", num_steps, low=1)
-  _checks.check_number("chunk", chunk, low=1)
+  _checks.check_number("num_steps", num_steps, low=1, integer=True)
+  _checks.check_number("chunk", chunk, low=1, integer=True)
   states = runs.init() if states is None else states
   history = []
   for start in range(0, num_steps, chunk):
