@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.clip_norm = float("inf")  # clipping would bias the upweighted gradients
 
   config.train = ml_collections.ConfigDict()
-  config.train.steps = 600
+  config.train.steps = 400
   config.train.batch_size = 32  # rows
   config.train.allocation = "stratified"  # or "systematic", "multinomial"
   config.train.micro_batches = 1

@@ -73,9 +73,9 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
     folder.open(config)
   except (ValueError, DatasetNotInstalledError, CorruptedDataError, ImportError) as error:
     raise BadInputError(str(error)) from error
-  with Checkpointer(folder.checkpoints) as checkpoints:
+  with contextlib.closing(folder), Checkpointer(folder.checkpoints) as checkpoints:
     seconds = _train(config, task, folder, checkpoints, shapes)
-  print(_conclude(config, task, folder, seconds))
+    print(_conclude(config, task, folder, seconds))
 
 
 def check_schedule(config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ A folder belongs to one config. The same command again goes on where it stopped;
 refused with the keys that differ.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from balance_jax.training.metric_log import replace_file
+
+LOCK = ".lock"
 
 
 class WorkdirError(ValueError):
@@ -32,7 +35,7 @@ class Workdir:
   """Paths in a run's folder and the JSON files in it.
 
   Args:
-    path: the folder; `open` makes it.
+    path: the folder; `open` makes it and keeps other processes out.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -62,7 +65,7 @@ class Workdir:
       ) from error
     old = self.read("config.json")
     if old is None:
-      if self.path.exists() and any(self.path.iterdir()):
+      if self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
         raise WorkdirError(
           f"workdir {self.path} is not empty and holds no config.json; choose another --workdir"
         )
@@ -81,9 +84,27 @@ class Workdir:
       )
 
   def open(self, config: Mapping) -> None:
-    """Makes the folder and writes config.json where there is none."""
-    if not self.check(config):
+    """Makes the folder, takes it for this process and writes config.json where there is none.
+
+    Raises:
+      WorkdirError: as `check`, or another process is running in the folder.
+    """
+    begun = self.check(config)
+    self.path.mkdir(parents=True, exist_ok=True)
+    # Held until the process ends, however it ends; two runs would ruin each other's records.
+    self._lock = open(self.path / LOCK, "w")  # noqa: SIM115
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise WorkdirError(
+        f"workdir {self.path} is in use by another process; wait for it or choose another --workdir"
+      ) from error
+    if not begun:
       self.write("config.json", plain(config))
+
+  def close(self) -> None:
+    """Gives the folder back; it may be opened again."""
+    self._lock.close()
 
   def write(self, name: str, value: Any) -> None:
     """Writes a JSON file whole or not at all."""

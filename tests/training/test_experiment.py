@@ -71,7 +71,7 @@ def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
   experiment.run_experiment(tiny(), path)
   first = capsys.readouterr().out
   assert {p.name for p in path.iterdir()} == {
-    "checkpoints", "config.json", "metrics.jsonl", "report.html", "results.json",
+    ".lock", "checkpoints", "config.json", "metrics.jsonl", "report.html", "results.json",
   }  # fmt: skip
   results = json.loads((path / "results.json").read_text())
   assert set(results["summary"]["methods"]) == {"temperature_5", "optimal_5", "cooldown"}

@@ -1,6 +1,8 @@
 """The folder of a run: one config, whole files, clear refusals."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -50,6 +52,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
   with pytest.raises(WorkdirError, match=r"cannot be written \(Read-only file system\)"):
     Workdir(tmp_path / "run").open(CONFIG)
   assert not (tmp_path / "run").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+  folder = Workdir(tmp_path)
+  folder.open(CONFIG)
+  code = f"""
+from balance_jax.training.workdir import Workdir
+Workdir({str(tmp_path)!r}).open({CONFIG!r}.copy())
+""".replace("inf", "float('inf')")
+
+  def other_process():
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+  assert "is in use by another process" in other_process().stderr
+  folder.close()
+  assert other_process().returncode == 0
 
 
 def test_flatten():
