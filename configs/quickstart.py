@@ -1,9 +1,14 @@
 """Upsample or upweight? Eight languages, six methods, three seeds, on a laptop.
 
 Repeats the question of Li et al., 2025 (arXiv 2410.04579) on the translation catalogues of
-plone.app.locales, whose languages differ 25-fold in size.
+plone.app.locales, whose languages here differ 48-fold in size.
 
   python -m balance_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Expected, in three to four minutes on two idle CPU cores: scalarization_5 has 20 to 60 times the
+gradient noise of temperature_5 and ends about 0.2 nats/byte above it in both halves; proportional
+is best for the large languages and worst for the small; cooldown ends near proportional in the
+large languages, and gives back half of what temperature_5 gained in the small ones.
 """
 
 import ml_collections
