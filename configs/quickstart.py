@@ -8,7 +8,7 @@ plone.app.locales, whose languages here differ 48-fold in size.
 Expected, in three to four minutes on two idle CPU cores: scalarization_5 has 20 to 60 times the
 gradient noise of temperature_5 and ends about 0.2 nats/byte above it in both halves; proportional
 is best for the large languages and worst for the small; cooldown ends near proportional in the
-large languages, and gives back half of what temperature_5 gained in the small ones.
+large languages, and gives back about two thirds of what temperature_5 gained in the small ones.
 """
 
 import ml_collections

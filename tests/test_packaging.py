@@ -123,7 +123,8 @@ def test_imports_are_declared(metadata, folder, extras):
   distributions = importlib.metadata.packages_distributions()
   own = {"balance_jax", "tests", "configs", "examples", "experiments", "benchmarks"}
   for path in (ROOT / folder).rglob("*.py"):
-    for module in top_level_imports(path) - own - sys.stdlib_module_names:
+    beside = {file.stem for file in path.parent.glob("*.py")}  # a script finds its neighbours
+    for module in top_level_imports(path) - own - beside - sys.stdlib_module_names:
       names = {canonicalize_name(name) for name in distributions.get(module, [module])}
       assert names & known, f"{path} imports {module}, which no requirement brings"
 
