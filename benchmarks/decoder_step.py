@@ -11,7 +11,7 @@ processes took less than a tenth of the cores, is the number to read. With `task
 both run on one core, and CPU time compares them whatever else is running.
 
 Command: python benchmarks/decoder_step.py --out benchmarks/results/decoder_step.json
-Needs torch 2.13 and a C++ compiler; about ten minutes on two idle cores.
+Needs torch 2.13 and a C++ compiler; about five minutes on two idle cores.
 """
 
 import argparse
@@ -48,6 +48,7 @@ SIZES = {
 
 # A turn is quiet where other processes took less than this share of the cores during it.
 QUIET = 0.1
+ENOUGH = 40
 STATISTICS = {
   "quiet_median": lambda wall, cpu: np.median(wall),
   "median": lambda wall, cpu: np.median(wall),
@@ -97,18 +98,37 @@ def torch_turn(width: int, size: dict, compiled: bool) -> Callable[[], float]:
 
 
 def take_turns(sides: dict[str, Callable], seconds: float) -> dict[str, np.ndarray]:
-  """Wall and CPU seconds and others' share of the cores, of every turn by side: (3, rounds)."""
+  """Wall and CPU seconds and others' share of the cores, of every turn by side: (3, rounds).
+
+  Ends after `seconds`, or sooner once every side has had ENOUGH quiet turns.
+  """
   for run in sides.values():
     run()
   times = {name: [] for name in sides}
   end = time.perf_counter() + seconds
-  while time.perf_counter() < end or min(map(len, times.values())) < 3:
+  quiet_turns = dict.fromkeys(sides, 0)
+  while min(quiet_turns.values()) < ENOUGH and time.perf_counter() < end:
     for name, run in sides.items():
-      start = clocks()
-      run()
-      wall, cpu, everyone = clocks() - start
-      times[name].append((wall, cpu, (everyone - cpu) / (wall * os.cpu_count())))
+      await_quiet()
+      taken, others = clocked(run)
+      times[name].append((*taken, others))
+      quiet_turns[name] += others < QUIET
   return {name: np.array(values).T for name, values in times.items()}
+
+
+def await_quiet(patience: float = 5.0):
+  """Returns once other processes are quiet for a tenth of a second, or after `patience` seconds."""
+  end = time.perf_counter() + patience
+  while time.perf_counter() < end and clocked(lambda: time.sleep(0.1))[1] >= QUIET:
+    pass
+
+
+def clocked(run: Callable) -> tuple[np.ndarray, float]:
+  """(wall, CPU) seconds of run(), and the share of the cores that other processes had."""
+  start = clocks()
+  run()
+  wall, cpu, everyone = clocks() - start
+  return np.array([wall, cpu]), (everyone - cpu) / (wall * os.cpu_count())
 
 
 def clocks() -> np.ndarray:
@@ -152,7 +172,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   parser.add_argument("--widths", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
-  parser.add_argument("--seconds", type=float, default=100.0, help="measuring time for each size")
+  parser.add_argument("--seconds", type=float, default=300.0, help="most time for a size")
   args = parser.parse_args()
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   report = {

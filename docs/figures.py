@@ -1,6 +1,6 @@
 """Draws the README's picture from a finished run of the quickstart.
 
-  python docs/figures.py runs/quickstart
+python docs/figures.py runs/quickstart
 """
 
 import json

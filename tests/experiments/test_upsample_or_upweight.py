@@ -99,6 +99,7 @@ def test_seeds_are_different_problems_and_splits_different_points(scripts):
   assert len(np.unique(points, axis=0)) == len(points)
 
 
+@pytest.mark.slow
 def test_synthetic_runs_at_a_tiny_size(scripts, tmp_path):
   synthetic = scripts["synthetic"]
   part = synthetic.Part(
@@ -151,6 +152,7 @@ def test_theory_runs_at_a_tiny_size(scripts, tmp_path):
   assert all(abs(row["z"]) < 5 for row in results["variances"])
 
 
+@pytest.mark.slow
 def test_memorised_runs_at_a_tiny_size(scripts, tmp_path):
   memorised = scripts["memorised"]
   rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from balance_jax.models import Decoder, DecoderConfig, count_params
-from balance_jax.models.decoder import causal_attention, rotary
+from balance_jax.models.decoder import causal_attention, rotary, rotary_tables
 
 SMALL = DecoderConfig(vocab_size=19, width=12, depth=2, heads=3, qk_norm="per_head")
 
@@ -160,7 +160,7 @@ def test_rotary_depends_on_the_distance_only():
   x, y = jax.random.normal(jax.random.key(0), (2, 8))
   # The same vector at every position: entry (s, t) must depend on s - t alone.
   at_every_position = jnp.broadcast_to(jnp.stack([x, y])[:, None, None, :], (2, 10, 1, 8))
-  turned = rotary(at_every_position)
+  turned = rotary(at_every_position, rotary_tables(10, 8, jnp.float32))
   products = np.asarray(jnp.einsum("sd,td->st", turned[0, :, 0], turned[1, :, 0]))
   np.testing.assert_allclose(products[1:, 1:], products[:-1, :-1], atol=1e-5)
   np.testing.assert_allclose(products[0, 0], x @ y, rtol=1e-6)
@@ -174,7 +174,9 @@ def test_rotary_by_hand():
   # D = 4: pairs (0, 2) and (1, 3); frequencies 1 and 1/100.
   x = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.0, 0.0]), (1, 3, 1, 4))
   expected = [np.cos(2.0), np.cos(0.02), np.sin(2.0), np.sin(0.02)]
-  np.testing.assert_allclose(rotary(x)[0, 2, 0], expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    rotary(x, rotary_tables(3, 4, jnp.float32))[0, 2, 0], expected, rtol=1e-6
+  )
 
 
 def test_qk_norm_removes_the_scale_of_the_query():
