@@ -14,7 +14,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-__all__ = ["data", "gradients", "losses", "mixing", "models", "training"]
+__all__ = ["data", "gradients", "losses", "mixing", "models", "stability", "training"]
 
 
 def __getattr__(name: str) -> ModuleType:
