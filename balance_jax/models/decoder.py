@@ -1,8 +1,9 @@
 """The decoder-only Transformer of "Small-scale proxies" (Wortsman et al., 2023, arXiv 2309.14322).
 
 Pre-LN blocks, a final layer norm before the head, GELU MLP, rotary positions, separate input and
-output embeddings, no biases and no dropout. Optionally layer norm on queries and keys (section
-3.1.1 of the paper), the remedy against the growth of attention logits.
+output embeddings, no biases and no dropout. Options are the paper's interventions, layer norm on
+queries and keys first (section 3.1.1), the remedy against the growth of attention logits, and what
+is common elsewhere.
 """
 
 import dataclasses
@@ -11,14 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from balance_jax import _checks
+from balance_jax.models.attention import (
+  ATTENTIONS,
+  causal_attention,
+  causal_attention_with_stats,
+  rotary,
+  rotary_tables,
+)
 
 _EPS = 1e-6
-_ROTARY_BASE = 10_000.0
-# Sequences from this length on are attended in two halves of queries, see `causal_attention`.
-_SPLIT_LENGTH = 64
+ATTENTION_SCALES = ("mup", "sqrt")
+POSITIONS = ("learned", "rotary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +34,36 @@ class DecoderConfig:
   Attributes:
     vocab_size: number of tokens V, >= 1.
     width: model dimension d, >= 1.
-    depth: number of blocks, >= 1.
+    depth: number of blocks, >= 0; with none the next token is told from the last one alone.
     heads: attention heads a block, >= 1.
-    head_dim: size of one head, even (rotary turns pairs); None means width // heads.
+    head_dim: size of one head D, even with rotary positions; None means width // heads.
     mlp_ratio: hidden units of the MLP as a multiple of width, >= 1.
-    qk_norm: "none", or "per_head": layer norm of each head's query and key, with one learnable
-      scale (head_dim,) shared by the heads.
+    qk_norm: what is done to queries and keys before they are rotated. "none"; "per_head": layer
+      norm of each head's vector, one learnable scale (D,) shared by the heads; "model": layer norm
+      over all heads at once, scale (heads * D,); "rms": division of each head's vector by its root
+      mean square, scale (D,). Later work: "l2" (Henry et al., 2020, arXiv 2010.04245), vectors of
+      length one, z = temperature * cosine with one learnable temperature a block. It starts at D
+      times the attention scale, where "rms" starts as well: sqrt(D), or sqrt(base_head_dim).
     dtype: compute dtype, floating. Parameters are float32, and so are softmax, layer-norm
       statistics and logits (float64 only if dtype is float64).
+    attention_scale: "sqrt", D ** -0.5; "mup", sqrt(base_head_dim) / D.
+    base_head_dim: head size at which "mup" equals "sqrt", >= 1. 1 is the paper's 1 / D; Tensor
+      Programs V takes the head size of the base model.
+    attention: "softmax" or "squared_relu", relu(z)^2 / sqrt(T), T the length of the sequence.
+    logit_soft_cap: c > 0 for attention logits c tanh(z / c); None is no cap. May be traced. Later
+      work (Gemma 2, 2024, arXiv 2408.00118), where c is 50.
+    output_soft_cap: the same for the model's logits; 30 in Gemma 2.
+    tied_embeddings: the embedding is the head as well; there is no "head" parameter.
+    position: "rotary", or "learned": one vector a position, added to the embedding.
+    max_length: longest sequence of learned positions, required for them and used by them only.
+    zero_query_init: query kernels start at zero, as in the paper's muParam (full).
+    kappa: None, or the paper's transplant test: queries and keys become
+      sqrt(kappa) x / rms(x) per head, so that z = kappa * sqrt(D) * cosine. > 0, may be traced
+      (the config is then not hashable); with qk_norm "none" only.
 
   Raises:
-    ValueError: a size below 1, an odd head size, heads not dividing width, an unknown variant.
+    ValueError: a number outside of its range, an odd head size with rotary positions, heads not
+      dividing width, an unknown variant, learned positions without max_length, kappa with a norm.
   """
 
   vocab_size: int
@@ -49,10 +74,21 @@ class DecoderConfig:
   mlp_ratio: int = 4
   qk_norm: str = "none"
   dtype: Any = jnp.float32
+  attention_scale: str = "sqrt"
+  base_head_dim: int = 1
+  attention: str = "softmax"
+  logit_soft_cap: Any = None
+  output_soft_cap: Any = None
+  tied_embeddings: bool = False
+  position: str = "rotary"
+  max_length: int | None = None
+  zero_query_init: bool = False
+  kappa: Any = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "width", "depth", "heads", "mlp_ratio"):
+    for name in ("vocab_size", "width", "heads", "mlp_ratio", "base_head_dim"):
       _checks.check_number(name, getattr(self, name), low=1, integer=True)
+    _checks.check_number("depth", self.depth, low=0, integer=True)
     if self.head_dim is None:
       if self.width % self.heads:
         raise ValueError(
@@ -60,26 +96,61 @@ class DecoderConfig:
         )
       object.__setattr__(self, "head_dim", self.width // self.heads)
     _checks.check_number("head_dim", self.head_dim, low=1, integer=True)
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim is {self.head_dim}; expected an even number (rotary turns pairs)")
-    _checks.check_choice("qk_norm", self.qk_norm, QK_NORMS)
     object.__setattr__(self, "dtype", _floating_dtype(self.dtype))
+    self._check_variants()
+
+  def _check_variants(self):
+    _checks.check_choice("qk_norm", self.qk_norm, QK_NORMS)
+    _checks.check_choice("attention_scale", self.attention_scale, ATTENTION_SCALES)
+    _checks.check_choice("attention", self.attention, ATTENTIONS)
+    _checks.check_choice("position", self.position, POSITIONS)
+    for name in ("tied_embeddings", "zero_query_init"):
+      if not isinstance(getattr(self, name), bool):
+        raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
+    for name in ("logit_soft_cap", "output_soft_cap", "kappa"):
+      if getattr(self, name) is not None:
+        _checks.check_number(name, getattr(self, name), low=0.0, open_low=True)
+    if self.max_length is not None:
+      _checks.check_number("max_length", self.max_length, low=1, integer=True)
+    elif self.position == "learned":
+      raise ValueError("max_length is None; expected a number with learned positions")
+    if self.position == "rotary" and self.head_dim % 2:
+      raise ValueError(f"head_dim is {self.head_dim}; expected an even number (rotary turns pairs)")
+    if self.kappa is not None and self.qk_norm != "none":
+      raise ValueError(
+        f"kappa with qk_norm {self.qk_norm!r}; expected 'none' (kappa is a norm too)"
+      )
+
+  @property
+  def logit_scale(self) -> float:
+    """Factor on <q, k> in the attention logits; with "l2", what the temperature starts from."""
+    if self.attention_scale == "mup":
+      return self.base_head_dim**0.5 / self.head_dim
+    return self.head_dim**-0.5
 
 
 class Decoder(nn.Module):
   """Next-token logits of a causal Transformer.
 
   Called with tokens, int (B, T), each in [0, V), any integer dtype; returns logits, float32
-  (B, T, V). `logits[:, t]` depends on `tokens[:, :t + 1]` only.
+  (B, T, V). `logits[:, t]` depends on `tokens[:, :t + 1]` only (with "squared_relu", whose weights
+  are divided by sqrt(T), on T too).
+
+  With "intermediates" mutable, every attention module sows "attention_stats", an `AttentionStats`
+  of float32 (B, heads), and every block "output_rms", the root mean square of its output over
+  positions and width, float32 (B,). Otherwise neither is computed.
 
   >>> model = Decoder(DecoderConfig(vocab_size=256, width=32, depth=1, heads=4))
   >>> tokens = jnp.zeros((2, 16), jnp.uint8)
   >>> params = jax.jit(model.init)(jax.random.key(0), tokens)
   >>> model.apply(params, tokens).shape
   (2, 16, 256)
+  >>> _, state = model.apply(params, tokens, mutable=["intermediates"])
+  >>> state["intermediates"]["block_0"]["attention"]["attention_stats"][0].max_logit.shape
+  (2, 4)
 
   Raises:
-    ValueError: tokens are not integers of rank 2 with T >= 1.
+    ValueError: tokens are not integers of rank 2 with T >= 1, or longer than learned positions.
   """
 
   config: DecoderConfig
@@ -91,19 +162,31 @@ class Decoder(nn.Module):
       raise ValueError(
         f"tokens is {tokens.dtype} with shape {tokens.shape}; expected integers (B, T), T >= 1"
       )
-    embedding = self.param(
-      "embedding",
-      nn.initializers.normal(config.width**-0.5),
-      (config.vocab_size, config.width),
-      jnp.float32,
-    )
+    embedding = self._table("embedding", config.vocab_size)
     x = jnp.take(embedding, tokens.astype(jnp.int32), axis=0).astype(config.dtype)
-    tables = rotary_tables(tokens.shape[1], config.head_dim, _at_least_float32(config.dtype))
+    wide = _at_least_float32(config.dtype)
+    length, tables = tokens.shape[1], None
+    if config.position == "rotary":
+      tables = rotary_tables(length, config.head_dim, wide)
+    elif length > config.max_length:
+      raise ValueError(f"tokens has T = {length}; learned positions end at {config.max_length}")
+    else:
+      positions = self._table("position_embedding", config.max_length)
+      x = x + positions[None, :length].astype(config.dtype)
     for i in range(config.depth):
       x = Block(config, name=f"block_{i}")(x, tables)
     x = LayerNorm(name="final_norm")(x)
-    kernel = self.param("head", _kernel_init, (config.width, config.vocab_size), jnp.float32)
-    return _project(x, kernel, _at_least_float32(config.dtype))
+    if config.tied_embeddings:
+      kernel = embedding.T
+    else:
+      kernel = self.param("head", _kernel_init, (config.width, config.vocab_size), jnp.float32)
+    logits = _project(x, kernel, wide)
+    cap = config.output_soft_cap
+    return logits if cap is None else (cap * jnp.tanh(logits / cap)).astype(wide)
+
+  def _table(self, name: str, rows: int) -> jax.Array:
+    width = self.config.width
+    return self.param(name, nn.initializers.normal(width**-0.5), (rows, width), jnp.float32)
 
 
 class Block(nn.Module):
@@ -112,29 +195,48 @@ class Block(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     x = x + Attention(self.config, name="attention")(LayerNorm(name="attention_norm")(x), tables)
-    return x + Mlp(self.config, name="mlp")(LayerNorm(name="mlp_norm")(x))
+    x = x + Mlp(self.config, name="mlp")(LayerNorm(name="mlp_norm")(x))
+    if self.is_mutable_collection("intermediates"):
+      wide = jax.lax.stop_gradient(x).astype(jnp.float32)
+      self.sow("intermediates", "output_rms", jnp.sqrt(jnp.square(wide).mean((1, 2))))
+    return x
 
 
 class Attention(nn.Module):
-  """Causal multi-head attention with rotary positions; (B, T, d) to (B, T, d)."""
+  """Causal multi-head attention, with rotary positions if given; (B, T, d) to (B, T, d)."""
 
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  def __call__(self, x: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     config = self.config
     batch, length, width = x.shape
     inner = config.heads * config.head_dim
+    inits = {"query": nn.initializers.zeros} if config.zero_query_init else {}
     query, key, value = (
-      _project(x, self.param(name, _kernel_init, (width, inner), jnp.float32))
+      _project(x, self.param(name, inits.get(name, _kernel_init), (width, inner), jnp.float32))
       for name in ("query", "key", "value")
     )
     split = (batch, length, config.heads, config.head_dim)
     query, key, value = (a.reshape(split) for a in (query, key, value))
+    # Before rotary: a per-channel scale after it would break the relative-position property.
     query, key = QK_NORMS[config.qk_norm](query, key)
-    mixed = causal_attention(rotary(query, tables), rotary(key, tables), value)
+    if config.kappa is not None:
+      query, key = (_over_rms(a, jnp.sqrt(config.kappa)) for a in (query, key))
+    scale = config.logit_scale
+    if config.qk_norm == "l2":
+      start = nn.initializers.constant(config.head_dim * scale)
+      scale = self.param("temperature", start, (), jnp.float32)
+    if tables is not None:
+      query, key = rotary(query, tables), rotary(key, tables)
+    options = {"scale": scale, "attention": config.attention, "soft_cap": config.logit_soft_cap}
+    if self.is_mutable_collection("intermediates"):
+      mixed, stats = causal_attention_with_stats(query, key, value, **options)
+      self.sow("intermediates", "attention_stats", stats)
+    else:
+      mixed = causal_attention(query, key, value, **options)
     out = self.param("out", _kernel_init, (inner, width), jnp.float32)
     return _project(mixed.reshape(batch, length, inner), out)
 
@@ -164,83 +266,13 @@ class LayerNorm(nn.Module):
     return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rotary_tables(length: int, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine of the angles t * 10000^(-2i/D) (Su et al., 2021, arXiv 2104.09864).
+class RmsNorm(nn.Module):
+  """Division of the last axis by its root mean square, scaled; eps 1e-6, statistics in float32."""
 
-  Args:
-    length: T, >= 1.
-    head_dim: D, even.
-    dtype: of the tables, float32 or float64.
-
-  Returns:
-    Two constants (T, D / 2).
-  """
-  # In NumPy: formed in the program they were formed in every step, at 8 % of its time on a CPU.
-  half = head_dim // 2
-  angle = np.arange(length)[:, None] * _ROTARY_BASE ** (-np.arange(half) / half)
-  return jnp.asarray(np.cos(angle), dtype), jnp.asarray(np.sin(angle), dtype)
-
-
-def rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pair (x[i], x[i + D/2]) at position t by the angle of the tables.
-
-  Inner products of turned queries and keys depend on positions only through their difference.
-
-  Args:
-    x: floating (B, T, H, D); position is the index on axis 1.
-    tables: `rotary_tables(T, D, dtype)`.
-
-  Returns:
-    Same shape and dtype; norms of pairs are kept.
-  """
-  cos, sin = (table[None, :, None, None, :] for table in tables)
-  sign = jnp.array([-1.0, 1.0], sin.dtype).reshape(2, 1)
-  # The two halves of a head on an axis of their own: swapping them is then a reversal.
-  halves = x.astype(cos.dtype).reshape(*x.shape[:-1], 2, -1)
-  turned = halves * cos + jnp.flip(halves, -2) * (sin * sign[None, None, None])
-  return turned.reshape(x.shape).astype(x.dtype)
-
-
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(D)) v over keys at or before the query; softmax in float32.
-
-  Args:
-    query: floating (B, T, H, D).
-    key: like query.
-    value: like query.
-
-  Returns:
-    (B, T, H, D), dtype of value.
-  """
-  length = query.shape[1]
-  query = query * query.shape[-1] ** -0.5
-  query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-  # The first half of the queries sees the first half of the keys only, which leaves out a quarter
-  # of the scores. Smaller blocks save less than they cost in small operations.
-  block = length if length < _SPLIT_LENGTH else -(-length // 2)
-  mixed = [
-    _attend(query[:, :, start : start + block], *(x[:, :, : start + block] for x in (key, value)))
-    for start in range(0, length, block)
-  ]
-  return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Attention of the last Q of K positions; query (B, H, Q, D), key and value (B, H, K, D)."""
-  scores = jnp.einsum(
-    "bhqd,bhkd->bhqk", query, key, preferred_element_type=_at_least_float32(query.dtype)
-  )
-  queries, keys = scores.shape[-2:]
-  visible = jnp.arange(queries)[:, None] + (keys - queries) >= jnp.arange(keys)[None, :]
-  scores = jnp.where(visible[None, None], scores, -jnp.inf)
-  # The softmax, divided after the product with the values, where there is less to divide; autodiff
-  # then also forms its row sums from (B, H, Q, D). The maximum cancels, hence no gradient.
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  total = weights.sum(-1, keepdims=True)
-  mixed = jnp.einsum(
-    "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=scores.dtype
-  )
-  return (mixed / total).astype(value.dtype)
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    return _over_rms(x, scale.reshape((1,) * (x.ndim - 1) + (-1,)))
 
 
 def count_params(params: Any, exclude_embeddings: bool = False) -> int:
@@ -248,7 +280,7 @@ def count_params(params: Any, exclude_embeddings: bool = False) -> int:
 
   Args:
     params: what `Decoder.init` returns, or its "params" entry; arrays or ShapeDtypeStructs.
-    exclude_embeddings: leave out "embedding" and "head"; the paper's N.
+    exclude_embeddings: leave out "embedding", "position_embedding" and "head"; the paper's N.
 
   >>> model = Decoder(DecoderConfig(vocab_size=10, width=4, depth=1, heads=2))
   >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
@@ -257,17 +289,43 @@ def count_params(params: Any, exclude_embeddings: bool = False) -> int:
   """
   params = dict(params.get("params", params))
   if exclude_embeddings:
-    params = {name: leaf for name, leaf in params.items() if name not in ("embedding", "head")}
+    outer = ("embedding", "position_embedding", "head")
+    params = {name: leaf for name, leaf in params.items() if name not in outer}
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _per_head_norm(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  # Before rotary: a per-channel scale after it would break the relative-position property.
   return LayerNorm(name="query_norm")(query), LayerNorm(name="key_norm")(key)
 
 
+def _model_norm(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  flat = _per_head_norm(*(x.reshape(*x.shape[:2], -1) for x in (query, key)))
+  return tuple(x.reshape(query.shape) for x in flat)
+
+
+def _rms_norm(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return RmsNorm(name="query_norm")(query), RmsNorm(name="key_norm")(key)
+
+
+def _l2_norm(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return tuple(_over_rms(x, x.shape[-1] ** -0.5) for x in (query, key))
+
+
 # Each entry maps (query, key), both (B, T, H, D), inside the Attention module.
-QK_NORMS = {"none": lambda query, key: (query, key), "per_head": _per_head_norm}
+QK_NORMS = {
+  "none": lambda query, key: (query, key),
+  "per_head": _per_head_norm,
+  "model": _model_norm,
+  "rms": _rms_norm,
+  "l2": _l2_norm,
+}
+
+
+def _over_rms(x: jax.Array, factor: Any) -> jax.Array:
+  wide = x.astype(_at_least_float32(x.dtype))
+  normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + _EPS)
+  return (normed * factor).astype(x.dtype)
+
 
 # Flax corrects the standard deviation for the truncation at two sigma.
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
