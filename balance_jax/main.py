@@ -1,4 +1,5 @@
 """Command line: python -m balance_jax.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v].
+With --dry_run instead of --workdir: what it would train, its operations and memory.
 
 Exit codes: 0 finished, 2 bad input or a run that cannot go on (one line says why), 128 + n stopped
 by signal n with its state saved.
@@ -12,6 +13,7 @@ from ml_collections import config_flags
 
 config_flags.DEFINE_config_file("config", None, "The experiment; see configs/.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, results and report.")
+flags.DEFINE_bool("dry_run", False, "Print parameters, operations and memory; train nothing.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_compilation_cache_dir", cache_directory("compiled"))
   try:
     config, workdir = parse_flags(flags.FLAGS, sys.argv if argv is None else argv)
-    experiment.run_experiment(config, workdir)
+    if flags.FLAGS.dry_run:
+      print(experiment.describe(config))
+    else:
+      experiment.run_experiment(config, workdir)
   except experiment.InterruptedRunError as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from balance_jax import _checks
-from balance_jax.data import po
+from balance_jax.data import po, python_text
 
 LOCALE_ROOT = Path("/usr/share/locale")
 
@@ -159,6 +159,44 @@ def gcc_catalogues(root: str | os.PathLike = LOCALE_ROOT) -> Source:
   )
 
 
+def python_topics() -> Source:
+  """The help topics of the running Python, about 460 kB of English in the one group "en"."""
+  return Source(
+    files=functools.partial(_python_files, "python_topics", python_text.topics_files, "en"),
+    read_file=python_text.read_topics,
+    description="Paragraphs of the help topics that come with Python.",
+    **_PYTHON,
+  )
+
+
+def python_library() -> Source:
+  """The source of the standard library of the running Python, over 10 MB in the group "python"."""
+  return Source(
+    files=functools.partial(_python_files, "python_library", python_text.library_files, "python"),
+    read_file=python_text.read_module,
+    description="Modules of Python's standard library, without its tests.",
+    **_PYTHON,
+  )
+
+
+_PYTHON = {
+  "homepage": "https://docs.python.org/3/",
+  "licence": "PSF-2.0",
+  "citation": "@misc{python, title={Python}, author={Python Software Foundation}, "
+  "url={https://www.python.org/}}",
+}
+
+
+def _python_files(source: str, find: Callable[[], list[Path]], group: str):
+  files = find()
+  if not files:
+    raise DatasetNotInstalledError(
+      f"the data of {source!r} is not installed: this Python came without its library's "
+      "source; run: apt-get install libpython3-stdlib, or use another Python"
+    )
+  return {group: files}
+
+
 def _plone_files(root: Path | None) -> dict[str, list[Path]]:
   if root is not None:
     paths = root.glob("*/LC_MESSAGES/*.po")
@@ -225,4 +263,9 @@ def _read_mo_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 # Name -> source, for `load_documents`. An entry of your own makes it loadable by name.
-SOURCES = {"plone_catalogues": plone_catalogues(), "gcc_catalogues": gcc_catalogues()}
+SOURCES = {
+  "gcc_catalogues": gcc_catalogues(),
+  "plone_catalogues": plone_catalogues(),
+  "python_library": python_library(),
+  "python_topics": python_topics(),
+}

@@ -1,9 +1,10 @@
 """Training: state, step, run, sweep, devices, checkpoints, logs and reports."""
 
+from balance_jax.training.batch import Batch, Observed, Share
 from balance_jax.training.mesh import data_mesh, data_parallel, replicate
 from balance_jax.training.run import TrainingDivergedError, run
 from balance_jax.training.state import TrainState, init_state
-from balance_jax.training.step import METRICS, Batch, Share, Step, make_step
+from balance_jax.training.step import METRICS, Step, make_step
 from balance_jax.training.sweep import (
   SweepRuns,
   chain,
@@ -17,6 +18,7 @@ from balance_jax.training.sweep import (
 __all__ = [
   "Batch",
   "METRICS",
+  "Observed",
   "Share",
   "Step",
   "SweepRuns",

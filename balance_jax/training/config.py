@@ -41,7 +41,7 @@ def parse_flags(flag_values: flags.FlagValues, argv: list[str]) -> tuple[dict[st
   if rest[1:]:
     raise FlagsError(f"unexpected argument {rest[1]!r}; flags start with --")
   for name, value in (("config", config), ("workdir", workdir)):
-    if not value:
+    if not value and not (name == "workdir" and flag_values["dry_run"].value):
       raise FlagsError(
         f"--{name} is missing; usage: python -m balance_jax.main --config=FILE --workdir=DIR"
       )

@@ -1,6 +1,6 @@
 """An experiment from its config to its report: check, train, measure, resume, write.
 
-Nothing is written before the config has been checked, the data read and the shapes of all runs
+Nothing is written before the config has been checked, the data read and the shapes of the runs
 computed. The same command on the same folder goes on where it stopped.
 """
 
@@ -14,24 +14,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from balance_jax import _checks
 from balance_jax.data import CorruptedDataError, DatasetNotInstalledError
 from balance_jax.training.checkpoint import Checkpointer
-from balance_jax.training.language_model import Task, language_model
-from balance_jax.training.measure import evaluate, gradient_variance
+from balance_jax.training.coordinate_check import coordinate_check
+from balance_jax.training.dry_run import dry_run, without_data
+from balance_jax.training.language_model import language_model
 from balance_jax.training.metric_log import MetricLog, Progress, read_records
-from balance_jax.training.mixture_report import (
-  console_table,
-  summarize,
-  verdict,
-  write_mixture_report,
-)
 from balance_jax.training.run import check_finite
+from balance_jax.training.stability_task import stability_task
+from balance_jax.training.task import Arm, Task
 from balance_jax.training.workdir import Workdir, flatten, plain
 
-TASKS = {"language_model": language_model}
+TASKS = {
+  "coordinate_check": coordinate_check,
+  "language_model": language_model,
+  "stability": stability_task,
+}
+
+
+# Written into the folder of an arm when it is done.
+FINISHED = "finished.json"
 
 
 class BadInputError(ValueError):
@@ -55,61 +59,86 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
   Raises:
     BadInputError: a wrong value in the config, data that cannot be read, a folder that cannot be
       used. Nothing has been written then.
-    TrainingDivergedError: a loss became NaN; the last good checkpoint is kept.
+    TrainingDivergedError: a loss became NaN where that is an error; the last good checkpoint is
+      kept.
     InterruptedRunError: stopped by Ctrl-C or SIGTERM, saved.
   """
   folder = Workdir(path)
-  try:
-    check_schedule(config)
+  with _bad_input():
     _checks.check_choice("task", config["task"], TASKS)
     if folder.check(config) and (results := folder.read("results.json")) is not None:
       print(results["table"])
       print(f"finished before; nothing to do. Report: {folder.report}")
       return
     task = TASKS[config["task"]](config)
-    if config["reference"]:
-      _checks.check_choice("reference", config["reference"], {x["method"] for x in task.labels})
-    shapes = jax.eval_shape(task.runs.init)
+    # The first arm now: most of what a config can still get wrong shows in its shapes.
+    first = next((build() for build in task.arms.values()), None)
+    if first is not None:
+      jax.eval_shape(first.runs.init)
     folder.open(config)
-  except (ValueError, DatasetNotInstalledError, CorruptedDataError, ImportError) as error:
-    raise BadInputError(str(error)) from error
-  with contextlib.closing(folder), Checkpointer(folder.checkpoints) as checkpoints:
-    seconds = _train(config, task, folder, checkpoints, shapes)
+  with contextlib.closing(folder):
+    seconds = _run_arms(config, task, folder, first)
     print(_conclude(config, task, folder, seconds))
 
 
-def check_schedule(config: Mapping[str, Any]) -> None:
-  """Raises ValueError unless the step counts of `config.train` fit together."""
-  train = config["train"]
-  for name in ("steps", "batch_size", "chunk", "eval_every", "checkpoint_every", "variance_every"):
-    _checks.check_number(f"train.{name}", train[name], low=1, integer=True)
-  for name in ("steps", "eval_every", "checkpoint_every", "variance_every"):
-    if train[name] % train["chunk"]:
-      raise ValueError(
-        f"train.{name} is {train[name]}; it must be a multiple of train.chunk = {train['chunk']}"
-      )
+def _run_arms(config, task: Task, folder: Workdir, first: Arm | None) -> float:
+  """Trains every arm that is not finished; returns the seconds of all."""
+  seconds = 0.0
+  for index, (name, build) in enumerate(task.arms.items(), 1):
+    place = folder.below(name)
+    if name and (finished := place.read(FINISHED)) is not None:
+      seconds += finished["seconds"]
+      continue
+    if name:
+      print(f"arm {index} of {len(task.arms)}: {name}", file=sys.stderr)
+    arm = first if index == 1 else build()
+    with Checkpointer(place.checkpoints) as checkpoints:
+      took = _train(arm, place, checkpoints, config["tensorboard"])
+    if name:
+      place.write(FINISHED, {"seconds": took})
+    seconds += took
+  return seconds
 
 
-def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> float:
+def describe(config: Mapping[str, Any]) -> str:
+  """The table of `dry_run` for a resolved config; trains and writes nothing, reads no data.
+
+  Raises:
+    BadInputError: a wrong value in the config.
+  """
+  with _bad_input():
+    _checks.check_choice("task", config["task"], TASKS)
+    return dry_run(TASKS[config["task"]](without_data(config)))
+
+
+@contextlib.contextmanager
+def _bad_input():
+  try:
+    yield
+  except (ValueError, DatasetNotInstalledError, CorruptedDataError, ImportError) as error:
+    raise BadInputError(str(error)) from error
+
+
+def _train(arm: Arm, folder: Workdir, checkpoints, tensorboard: bool) -> float:
   """Chunks of steps with records, measurements and checkpoints between them; returns seconds."""
-  train = config["train"]
+  train = arm.train
   done, before = checkpoints.latest_step(), 0.0
   if not done:
-    states, done = task.runs.init(), 0
+    states, done = arm.runs.init(), 0
     folder.metrics.unlink(missing_ok=True)
   else:
-    states, extra = checkpoints.restore(shapes)
+    states, extra = checkpoints.restore(jax.eval_shape(arm.runs.init))
     before = extra["seconds"]
     print(f"resuming at step {done} of {train['steps']}", file=sys.stderr)
   began = time.monotonic()
-  board = folder.tensorboard if config["tensorboard"] else None
+  board = folder.tensorboard if tensorboard else None
   resume_step = done if folder.metrics.exists() else None
   with (
     _signals() as caught,
     MetricLog(
-      folder.metrics, resume_step=resume_step, tensorboard_dir=board, groups=task.groups
+      folder.metrics, resume_step=resume_step, tensorboard_dir=board, groups=arm.groups
     ) as log,
-    Progress(train["steps"], task.runs.num_runs, start_step=done) as progress,
+    Progress(train["steps"], arm.runs.num_runs, start_step=done) as progress,
   ):
 
     def elapsed():
@@ -119,30 +148,34 @@ def _train(config, task: Task, folder: Workdir, checkpoints, shapes) -> float:
       checkpoints.save(done, states, {"seconds": elapsed()})
 
     if done == 0:
-      log.write(evaluation_records(task, states, "eval", task.validation))
+      log.write(measured_records(arm, states, "eval", arm.evaluate, arm.validation))
       save()
     while done < train["steps"]:
-      states, metrics = task.runs.advance(states, train["chunk"])
+      states, metrics = arm.runs.advance(states, train["chunk"])
       metrics = jax.device_get(metrics)
-      _check_runs(task, metrics, done)
+      if not arm.allow_divergence:
+        _check_runs(arm, metrics, done)
       done += train["chunk"]
-      log.write(train_records(task, metrics, done))
-      if done % train["eval_every"] == 0 or done == train["steps"]:
-        log.write(evaluation_records(task, states, "eval", task.validation))
-      if done % train["variance_every"] == 0:
-        log.write(variance_records(task, states, train))
-      progress.update(done, group_means(task, metrics))
-      if done == train["steps"]:
-        log.write(evaluation_records(task, states, "test", task.test))
-      if done % train["checkpoint_every"] == 0 or done == train["steps"] or caught:
+      log.write(train_records(arm, metrics, done))
+      last = done == train["steps"]
+      if done % train["eval_every"] == 0 or last:
+        log.write(measured_records(arm, states, "eval", arm.evaluate, arm.validation))
+      if arm.measure is not None and done % train["variance_every"] == 0:
+        log.write(measured_records(arm, states, "moments", arm.measure, arm.table))
+      progress.update(done, group_means(arm, metrics))
+      if last and arm.test is not None:
+        log.write(measured_records(arm, states, "test", arm.evaluate, arm.test))
+      if done % train["checkpoint_every"] == 0 or last or caught:
         save()
-      if caught and done < train["steps"]:
+      if caught and not last:
         raise InterruptedRunError(caught[0], done, folder.path)
+    if caught:  # the last step is saved; a next arm must not start
+      raise InterruptedRunError(caught[0], done, folder.path)
     return elapsed()
 
 
-def _check_runs(task: Task, metrics, first_step: int) -> None:
-  for index, label in enumerate(task.labels):
+def _check_runs(arm: Arm, metrics, first_step: int) -> None:
+  for index, label in enumerate(arm.labels):
     one = {name: metrics[name][index] for name in ("loss", "grad_norm")}
     check_finite(one, first_step, f"{label['method']} with seed {label['seed']}")
 
@@ -166,90 +199,37 @@ def _signals():
       signal.signal(number, previous)
 
 
-def train_records(task: Task, metrics, step: int) -> list[dict]:
+def train_records(arm: Arm, metrics, step: int) -> list[dict]:
   """One record a run from the metrics of a chunk (R, steps, ...)."""
   records = []
-  for index, label in enumerate(task.labels):
+  for index, label in enumerate(arm.labels):
     one = jax.tree.map(operator.itemgetter(index), metrics)
-    records.append({"event": "train", **label, "step": step, **_chunk_record(one)})
+    records.append({"event": "train", **label, "step": step, **arm.chunk_record(one)})
   return records
 
 
-def _chunk_record(metrics) -> dict:
-  group_loss = metrics["group_loss"]
-  count = group_loss.den.sum(axis=0)
-  with np.errstate(invalid="ignore"):
-    losses = group_loss.num.sum(axis=0) / count  # NaN, written as null, without an example
-  return {
-    "loss": metrics["loss"].mean(),
-    "group_loss": losses,
-    "p": metrics["mixture"]["p"][-1],
-    "r": metrics["mixture"]["r"][-1],
-    "epochs": metrics["epochs"][-1],
-    "grad_norm": metrics["grad_norm"].mean(),
-    "grad_norm_var": metrics["grad_norm"].var(ddof=1) if len(metrics["grad_norm"]) > 1 else None,
-  }
-
-
-def group_means(task: Task, metrics) -> dict[str, float]:
+def group_means(arm: Arm, metrics) -> dict[str, float]:
   """Training loss by group over all runs of a chunk, for the progress line."""
   sums = jax.tree.map(lambda x: x.sum(axis=(0, 1)), metrics["group_loss"])
   return {
     name: float(num / den)
-    for name, num, den in zip(task.groups, sums.num, sums.den, strict=True)
+    for name, num, den in zip(arm.groups, sums.num, sums.den, strict=True)
     if den > 0
   }
 
 
-def evaluation_records(task: Task, states, event: str, batches) -> list[dict]:
-  """One record a run with the mean loss by group on held-out rows."""
-  losses = jax.device_get(task.runs.apply(_evaluate, states, batches))
+def measured_records(arm: Arm, states, event: str, measure, inputs) -> list[dict]:
+  """One record a run with what `measure` gives of its state and of `inputs`."""
+  measured = jax.device_get(arm.runs.apply(measure, states, inputs))
   step = int(states.step[0])
   return [
-    {"event": event, **label, "step": step, "group_loss": loss}
-    for label, loss in zip(task.labels, losses, strict=True)
+    {"event": event, **label, "step": step, **{k: v[i] for k, v in measured.items()}}
+    for i, label in enumerate(arm.labels)
   ]
-
-
-def _evaluate(step, state, batches):
-  return evaluate(step, state, batches).mean()
-
-
-def variance_records(task: Task, states, train) -> list[dict]:
-  """One record a run with predicted and observed variance of the batch gradient."""
-  measured = jax.device_get(
-    task.runs.apply(
-      _Variance(train["variance_examples"], train["variance_batches"]), states, task.table
-    )
-  )
-  step = int(states.step[0])
-  return [
-    {"event": "moments", **label, "step": step, **{k: v[i] for k, v in measured.items()}}
-    for i, label in enumerate(task.labels)
-  ]
-
-
-class _Variance:
-  """`gradient_variance` with its counts; hashable by them, so that it is compiled once."""
-
-  def __init__(self, examples: int, batches: int):
-    self.examples, self.batches = examples, batches
-
-  def __call__(self, step, state, table):
-    return gradient_variance(step, state, table, examples=self.examples, batches=self.batches)
-
-  def __hash__(self):
-    return hash((self.examples, self.batches))
-
-  def __eq__(self, other):
-    return isinstance(other, _Variance) and vars(self) == vars(other)
 
 
 def _conclude(config, task: Task, folder: Workdir, seconds: float) -> str:
-  """Writes results.json and report.html; returns what to print."""
-  records = read_records(folder.metrics)
-  reference = config["reference"] or None
-  summary = summarize(records, task.groups, task.sizes, reference=reference)
+  """Writes report.html, then results.json, which says that all is done; returns what to print."""
   device = jax.devices()[0]
   facts = {
     "config": flatten(plain(config)),
@@ -258,21 +238,7 @@ def _conclude(config, task: Task, folder: Workdir, seconds: float) -> str:
     "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     "seconds": round(seconds, 1),
   }
-  table = console_table(summary)
-  lines = verdict(summary)
-  write_mixture_report(
-    folder.report,
-    records,
-    {
-      "title": config["title"],
-      "groups": task.groups,
-      "sizes": task.sizes,
-      "reference": reference,
-      "verdict": lines,
-      **facts,
-    },
-  )
-  text = "\n".join([table, "", *lines])
-  test = [record for record in records if record["event"] == "test"]
-  folder.write("results.json", {"summary": summary, "test": test, "table": text, **facts})
+  records = [record for name in task.arms for record in read_records(folder.below(name).metrics)]
+  text, results = task.conclude(records, facts, folder.report)
+  folder.write("results.json", {**results, "table": text, **facts})
   return f"{text}\nReport: {folder.report}"

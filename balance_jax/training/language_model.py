@@ -4,49 +4,29 @@ A decoder on byte tokens of several languages; every method of the config is a m
 method x seed x swept numbers are runs of one compiled program.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from balance_jax import _checks, data, mixing
+from balance_jax import _checks, mixing
 from balance_jax.losses import cross_entropy
-from balance_jax.training.measure import evaluation_batches
-from balance_jax.training.optimizers import adamw
+from balance_jax.training import byte_text
+from balance_jax.training.measure import evaluate, gradient_variance
+from balance_jax.training.mixture_report import (
+  console_table,
+  summarize,
+  verdict,
+  write_mixture_report,
+)
+from balance_jax.training.optimizers import SWEEPABLE, make_optimizer
 from balance_jax.training.state import TrainState, init_state
-from balance_jax.training.step import Batch, Step, make_step
+from balance_jax.training.step import Step, make_step
 from balance_jax.training.sweep import SweepRuns, product
-
-# Numbers of `config.optimizer` that may be swept: traced, so all cells share one program.
-SWEEPABLE = ("learning_rate", "warmup_fraction", "end_fraction", "weight_decay", "eps", "clip_norm")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """What an experiment needs to know of a task.
-
-  Attributes:
-    groups: names of the K groups.
-    sizes: rows of each group in the training table.
-    runs: the training runs.
-    labels: for every run, a dict of "method", "seed" and the swept numbers.
-    table: training rows.
-    validation: held-out rows, as `evaluation_batches` gives them.
-    test: as validation, for the final figure.
-    facts: what the report says about model and data.
-  """
-
-  groups: tuple[str, ...]
-  sizes: tuple[int, ...]
-  runs: SweepRuns
-  labels: tuple[dict, ...]
-  table: data.GroupTable
-  validation: Batch
-  test: Batch
-  facts: dict[str, Any]
+from balance_jax.training.task import Arm, Task, check_schedule
 
 
 def language_model(config: Mapping[str, Any]) -> Task:
@@ -56,12 +36,53 @@ def language_model(config: Mapping[str, Any]) -> Task:
     ValueError: a value outside its range, an unknown method or mixer; says what is allowed.
     DatasetNotInstalledError, CorruptedDataError: see `balance_jax.data.load_documents`.
   """
+  check_schedule(config["train"], "variance_every")
   mixers = _check_config(config)
-  load = functools.partial(_load_table, config["data"])
-  table, validation, test = load("train"), load("validation"), load("test")
-  per_example_loss, init_params, model_facts = _model(config["model"], config["data"]["window"])
+  spec, train = config["data"], config["train"]
+  table = byte_text.load_table(spec, "train")
+  arm = Arm(
+    runs=_runs(config, table, [make(table.sizes) for make in mixers]),
+    labels=tuple(_label(config, cell) for cell in _cells(config)),
+    groups=table.names,
+    table=table,
+    validation=byte_text.held_out(spec, "validation", train["batch_size"]),
+    test=byte_text.held_out(spec, "test", train["batch_size"]),
+    chunk_record=_chunk_record,
+    evaluate=_evaluate,
+    measure=functools.partial(
+      gradient_variance, examples=train["variance_examples"], batches=train["variance_batches"]
+    ),
+    train=train,
+  )
+  if config["reference"]:
+    _checks.check_choice("reference", config["reference"], {x["method"] for x in arm.labels})
+  init = byte_text.initializer(byte_text.make_decoder(config["model"]), spec["window"])
+  parameters = byte_text.count(jax.eval_shape(init, jax.random.key(0)))
+  return Task(
+    arms={"": lambda: arm},
+    conclude=functools.partial(_conclude, config, table),
+    facts={
+      "model": {**config["model"], "parameters": parameters},
+      "rows": dict(zip(table.names, table.group_sizes, strict=True)),
+    },
+  )
+
+
+def _cells(config) -> list[dict]:
+  axes = {name: list(values) for name, values in config["sweep"].items()}
+  return product(method=range(len(config["methods"])), **axes, seed=list(config["seeds"]))
+
+
+def _runs(config, table, methods) -> SweepRuns:
   train = config["train"]
-  methods = [make(table.sizes) for make in mixers]
+  decoder = byte_text.make_decoder(config["model"])
+  init_params = byte_text.initializer(decoder, config["data"]["window"])
+
+  def per_example_loss(params, rows, key):
+    del key  # no dropout
+    tokens = rows["tokens"]
+    logits = decoder.apply(params, tokens[:, :-1])
+    return cross_entropy(logits, tokens[:, 1:]).mean(axis=-1)
 
   def build(cell: dict) -> Step:
     swept = {name: cell[name] for name in config["sweep"]}
@@ -81,23 +102,45 @@ def language_model(config: Mapping[str, Any]) -> Task:
     run_key, init_key = jax.random.split(jax.random.key(cell["seed"]))
     return init_state(run_key, init_params(init_key), step)
 
-  axes = {name: list(values) for name, values in config["sweep"].items()}
-  cells = product(method=range(len(methods)), **axes, seed=list(config["seeds"]))
-  held_out = functools.partial(
-    evaluation_batches,
-    rows_per_group=config["data"]["eval_rows"],
-    batch_size=train["batch_size"],
-  )
-  return Task(
-    groups=table.names,
-    sizes=table.group_sizes,
-    runs=SweepRuns(build, init, cells, table, how=config["parallel"]),
-    labels=tuple(_label(config, cell) for cell in cells),
-    table=table,
-    validation=held_out(validation),
-    test=held_out(test),
-    facts={"model": model_facts, "rows": dict(zip(table.names, table.group_sizes, strict=True))},
-  )
+  return SweepRuns(build, init, _cells(config), table, how=config["parallel"])
+
+
+def _evaluate(step, state, batches) -> dict:
+  return {"group_loss": evaluate(step, state, batches).mean()}
+
+
+def _chunk_record(metrics) -> dict:
+  group_loss = metrics["group_loss"]
+  count = group_loss.den.sum(axis=0)
+  with np.errstate(invalid="ignore"):
+    losses = group_loss.num.sum(axis=0) / count  # NaN, written as null, without an example
+  return {
+    "loss": metrics["loss"].mean(),
+    "group_loss": losses,
+    "p": metrics["mixture"]["p"][-1],
+    "r": metrics["mixture"]["r"][-1],
+    "epochs": metrics["epochs"][-1],
+    "grad_norm": metrics["grad_norm"].mean(),
+    "grad_norm_var": metrics["grad_norm"].var(ddof=1) if len(metrics["grad_norm"]) > 1 else None,
+  }
+
+
+def _conclude(config, table, records: list[dict], facts: dict, report: Path) -> tuple[str, dict]:
+  reference = config["reference"] or None
+  summary = summarize(records, table.names, table.group_sizes, reference=reference)
+  lines = verdict(summary)
+  description = {
+    "title": config["title"],
+    "groups": table.names,
+    "sizes": table.group_sizes,
+    "reference": reference,
+    "verdict": lines,
+    **facts,
+  }
+  write_mixture_report(report, records, description)
+  text = "\n".join([console_table(summary), "", *lines])
+  test = [record for record in records if record["event"] == "test"]
+  return text, {"summary": summary, "test": test}
 
 
 def _label(config, cell) -> dict:
@@ -134,7 +177,7 @@ def _check_config(config) -> list[Callable]:
 
 
 def _optimizer(config, swept: Mapping):
-  return adamw(total_steps=config["train"]["steps"], **{**config["optimizer"], **swept})
+  return make_optimizer(total_steps=config["train"]["steps"], **{**config["optimizer"], **swept})
 
 
 def _named(method: str, make: Callable, sizes) -> mixing.Mixer:
@@ -143,44 +186,3 @@ def _named(method: str, make: Callable, sizes) -> mixing.Mixer:
     return make(sizes)
   except (ValueError, TypeError) as error:
     raise ValueError(f"mixers.{method}: {error}") from error
-
-
-def _load_table(spec, split: str) -> data.GroupTable:
-  documents = data.load_documents(
-    spec["source"],
-    split,
-    languages=spec["languages"] or None,
-    data_dir=spec["directory"] or None,
-    group_key=spec["group_key"],
-    text_key=spec["text_key"],
-  )
-  try:
-    return data.group_table(documents, window=spec["window"])
-  except ValueError as error:
-    raise ValueError(f"data.source {spec['source']}, split {split}: {error}") from error
-
-
-def _model(spec, window: int):
-  """(per_example_loss, init_params, facts) of the decoder."""
-  from balance_jax import models
-
-  names = ("width", "depth", "heads", "mlp_ratio", "qk_norm")
-  config = models.DecoderConfig(
-    vocab_size=data.VOCAB_SIZE,
-    dtype=jnp.dtype(spec["dtype"]),
-    **{name: spec[name] for name in names},
-  )
-  decoder = models.Decoder(config)
-
-  def per_example_loss(params, rows, key):
-    del key  # no dropout
-    tokens = rows["tokens"]
-    logits = decoder.apply(params, tokens[:, :-1])
-    return cross_entropy(logits, tokens[:, 1:]).mean(axis=-1)
-
-  def init_params(key):
-    return decoder.init(key, jnp.zeros((1, window), jnp.int32))
-
-  shapes = jax.eval_shape(init_params, jax.random.key(0))
-  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  return per_example_loss, init_params, {**spec, "parameters": count}

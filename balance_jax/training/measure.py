@@ -1,5 +1,6 @@
 """Measurements on a state: losses by group on held-out rows, variance of the gradient estimate."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from jax.flatten_util import ravel_pytree
 from balance_jax import _checks
 from balance_jax.losses import WeightedMean, group_weighted_mean
 from balance_jax.mixing import estimator_moments
+from balance_jax.training.batch import Batch
 from balance_jax.training.state import TrainState
-from balance_jax.training.step import Batch, Step
+from balance_jax.training.step import Step
 
 
 def evaluation_batches(table, rows_per_group: int, batch_size: int) -> Batch:
@@ -37,20 +39,26 @@ def evaluation_batches(table, rows_per_group: int, batch_size: int) -> Batch:
   return jax.tree.map(lambda x: jnp.reshape(x, (-1, batch_size, *x.shape[1:])), batch)
 
 
-def evaluate(step: Step, state: TrainState, batches: Batch) -> WeightedMean:
+def evaluate(
+  step: Step, state: TrainState, batches: Batch, per_example_loss: Any = None
+) -> WeightedMean:
   """Mean loss by group over all batches, unweighted.
 
   Args:
     step: gives the loss; it is called with a constant key.
     state: gives the parameters.
     batches: `Batch` with leading axes (batches, B), see `evaluation_batches`.
+    per_example_loss: what to evaluate where it is not the loss that is trained, such as a cross
+      entropy without its z term.
 
   Returns:
     `WeightedMean` of (K,).
   """
+  if per_example_loss is not None:
+    step = dataclasses.replace(step, per_example_loss=per_example_loss)
 
   def one(batch):
-    losses = step.per_example_loss(state.params, batch.rows, jax.random.key(0))
+    losses, _ = step.losses(state.params, batch.rows, jax.random.key(0))
     return group_weighted_mean(losses, batch.groups, step.num_groups, where=batch.where)
 
   return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(one, batches))

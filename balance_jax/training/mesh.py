@@ -94,7 +94,7 @@ class ShardedStep:
         # Replicated parameters would get the summed gradient already; make the share local.
         vary = functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying")
         local = dataclasses.replace(state, params=jax.tree.map(vary, state.params))
-      share = jax.lax.psum(self.step.share(local, batch, count), AXIS)
+      share = self.step.share(local, batch, count).across(AXIS)
       return self.step.finish(state, share, table)
 
     return jax.lax.scan(body, state, None, length=length)

@@ -91,7 +91,7 @@ def loss_curves(records: Records, split: Groups) -> "Figure":
   """
   evals = curves(records, "eval", "group_loss")
   styles, shown = method_styles(records), shown_groups(split)
-  with _figure(_rows(len(shown), 4) * 1.9 + 0.6) as figure:
+  with new_figure(_rows(len(shown), 4) * 1.9 + 0.6) as figure:
     for i, k in enumerate(shown):
       axes = figure.add_subplot(_rows(len(shown), 4), min(4, len(shown)), i + 1)
       lines = [
@@ -125,7 +125,7 @@ def mixture_over_time(records: Records, split: Groups) -> "Figure":
   # A column is as wide as its title.
   columns = max(1, min(6, len(methods), int(105 / (max(map(len, methods), default=0) + 2))))
   blocks = math.ceil(len(methods) / columns)
-  with _figure(2 * blocks * 1.55 + 0.7) as figure:
+  with new_figure(2 * blocks * 1.55 + 0.7) as figure:
     for i, method in enumerate(methods):
       for below, name in enumerate(("p", "r")):
         row = 2 * (i // columns) + below
@@ -143,7 +143,7 @@ def mixture_over_time(records: Records, split: Groups) -> "Figure":
           axes.set_ylabel(f"{name}: share {'optimised' if name == 'p' else 'drawn'}")
         if below:
           axes.set_xlabel("step")
-    _legend(figure, [Patch(facecolor=colour, label=label) for label, _, colour in bands])
+    legend_below(figure, [Patch(facecolor=colour, label=label) for label, _, colour in bands])
   return figure
 
 
@@ -160,7 +160,7 @@ def epochs_seen(records: Records, split: Groups) -> "Figure":
     method: np.nanmean([values[-1] for _, values in runs.values()], axis=0)
     for method, runs in train.items()
   }
-  with _figure(0.26 * len(shown) + 1.5, WIDTH * 0.8) as figure:
+  with new_figure(0.26 * len(shown) + 1.5, WIDTH * 0.8) as figure:
     axes = figure.add_subplot()
     rows = np.arange(len(shown))
     for i, (method, epochs) in enumerate(final.items()):
@@ -172,7 +172,7 @@ def epochs_seen(records: Records, split: Groups) -> "Figure":
       smallest = min((v for epochs in final.values() for v in epochs if v > 0), default=1.0)
       axes.set_xscale("symlog", linthresh=smallest)
     else:
-      _plain_log_axis(axes, "x")
+      plain_log_axis(axes, "x")
     axes.set_yticks(rows, [f"{split.names[k]} ({_share(split, k)})" for k in shown])
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="epochs seen (passes over the group's data)")
     _method_legend(figure, {method: styles[method] for method in final}, line=False)
@@ -192,7 +192,7 @@ def gradient_variance(records: Records) -> "Figure":
       pair = (record.get("observed_variance"), record.get("predicted_variance"))
       if all(value is not None and value > 0 for value in pair):
         points.setdefault(record["method"], []).append(pair)
-  with _figure(5.2, 6.4) as figure:
+  with new_figure(5.2, 6.4) as figure:
     axes = figure.add_subplot()
     for method, pairs in points.items():
       axes.plot(*zip(*pairs, strict=True), **{**styles[method], "linestyle": "none"}, alpha=0.8)
@@ -201,7 +201,7 @@ def gradient_variance(records: Records) -> "Figure":
     axes.plot(ends, ends, color="#000000", linewidth=0.8, zorder=1)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     for which in ("x", "y"):
-      _plain_log_axis(axes, which)
+      plain_log_axis(axes, which)
     axes.set(
       xlabel="observed variance (squared gradient norm)", ylabel="predicted variance (same unit)"
     )
@@ -221,7 +221,7 @@ def trade_off(records: Records, split: Groups) -> "Figure":
   evals = curves(records, "eval", "group_loss")
   halves = half_curves(evals, split)
   styles = method_styles(records)
-  with _figure(5.2, 6.8) as figure:
+  with new_figure(5.2, 6.8) as figure:
     axes = figure.add_subplot()
     for method in evals:
       best, final = _trade_off_points(halves, method)
@@ -252,7 +252,7 @@ def _trade_off_points(halves: Mapping[str, Curves], method: str) -> tuple[np.nda
 
 
 @contextlib.contextmanager
-def _figure(height: float, width: float = WIDTH):
+def new_figure(height: float, width: float = WIDTH):
   """An empty figure in the common style; drawn without pyplot, so no window and no global state."""
   import matplotlib
   from matplotlib.figure import Figure
@@ -261,7 +261,7 @@ def _figure(height: float, width: float = WIDTH):
     yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain_log_axis(axes: "Axes", which: str) -> None:
+def plain_log_axis(axes: "Axes", which: str) -> None:
   """A logarithmic axis labelled 0.5, 1, 2 instead of with powers, or 0.1, 1, 10 if it is long."""
   from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -346,10 +346,10 @@ def _method_legend(figure: "Figure", styles, *, line=True, marker=True) -> None:
       "marker": style["marker"] if marker else "none",
     }
     handles.append(Line2D([], [], color=style["color"], label=method, **shape))
-  _legend(figure, handles)
+  legend_below(figure, handles)
 
 
-def _legend(figure: "Figure", handles: Sequence["Artist"]) -> None:
+def legend_below(figure: "Figure", handles: Sequence["Artist"]) -> None:
   """One legend for all panels, outside of them, so that it hides nothing."""
   if not handles:
     return

@@ -17,10 +17,12 @@ import optax
 
 from balance_jax import _checks
 from balance_jax.gradients import measure_gradient_moments
-from balance_jax.losses import WeightedMean, group_weighted_mean, weighted_mean
+from balance_jax.losses import group_weighted_mean, weighted_mean
 from balance_jax.mixing import GroupStreams, Mixer, allocate_counts, importance_weights
 from balance_jax.mixing.mixer import MEASURED, OBSERVATIONS
 from balance_jax.mixing.quotas import METHODS as ALLOCATIONS
+from balance_jax.stability.health import tree_rms
+from balance_jax.training.batch import Batch, Observed, Share
 from balance_jax.training.state import TrainState
 
 METRICS = {
@@ -29,48 +31,20 @@ METRICS = {
   "group_loss": "WeightedMean of (K,): unweighted losses of the batch by group",
   "mixture": "dict of p and r, float (K,): what this step optimised and drew",
   "epochs": "float (K,): passes over each group after this step",
+  "observed": "dict: what the loss reported beside its losses, reduced over the batch",
+  "grad_rms": "pytree like params: root mean square of each gradient, before the optimizer",
+  "update_rms": "pytree like params: root mean square of each parameter's change",
 }
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """Examples with their groups and loss weights.
-
-  Attributes:
-    rows: pytree of arrays (B, ...), what the loss reads.
-    groups: int (B,), each in [0, K).
-    weights: float (B,), loss weights p / r.
-    where: bool (B,), False for padding; None where every example is valid.
-  """
-
-  rows: Any
-  groups: jax.Array
-  weights: jax.Array
-  where: jax.Array | None = None
-
-  def count(self) -> jax.Array:
-    """Number of valid examples, float32 scalar."""
-    if self.where is None:
-      return jnp.asarray(self.weights.shape[0], jnp.float32)
-    return self.where.sum(dtype=jnp.float32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """A part of a batch's loss, gradient and group losses; parts add up to the batch's."""
-
-  loss: jax.Array
-  grads: Any
-  group_loss: WeightedMean | None
+# Computed only where they are named: they cost a pass over all parameters.
+_ON_REQUEST = ("grad_rms", "update_rms")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
   """A training step; build it with `make_step`. `step(state, batch) -> (state, metrics)`."""
 
-  per_example_loss: Callable[[Any, Any, Any], jax.Array]
+  per_example_loss: Callable[[Any, Any, Any], Any]
   optimizer: optax.GradientTransformation
   mixer: Mixer
   table: Any
@@ -125,26 +99,30 @@ class Step:
     def accumulate(total, part):
       index, micro = part
       share = self._share(state.params, micro, count, jax.random.fold_in(key, index))
-      return jax.tree.map(jnp.add, total, share), None
+      return total.merge(share), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(self._share, state.params, first, count, key)
-    # zeros_like, not zeros: under shard_map the zeros must vary over the mesh as the shares do.
-    zero = jax.tree.map(jnp.zeros_like, shapes)
-    return jax.lax.scan(accumulate, zero, (jnp.arange(self.micro_batches), parts))[0]
+    return jax.lax.scan(accumulate, Share.empty(shapes), (jnp.arange(self.micro_batches), parts))[0]
+
+  def losses(self, params, rows, key) -> tuple[jax.Array, Observed]:
+    """(B,) losses of `rows` and what the loss function observed, which may be nothing."""
+    result = self.per_example_loss(params, rows, key)
+    return result if isinstance(result, tuple) else (result, Observed())
 
   def _share(self, params, batch: Batch, count, key) -> Share:
     def objective(params):
-      losses = self.per_example_loss(params, batch.rows, key)
+      losses, observed = self.losses(params, batch.rows, key)
       _checks.check_shape("the result of per_example_loss", losses, batch.weights.shape)
       num = weighted_mean(losses, batch.weights, batch.where).num
-      return num / jnp.maximum(count, 1.0), losses
+      return num / jnp.maximum(count, 1.0), (losses, observed)
 
-    (loss, losses), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    (loss, (losses, observed)), grads = jax.value_and_grad(objective, has_aux=True)(params)
     group_loss = None
     if "group_loss" in self.metrics or self.mixer.needs & {"group_loss", "group_count"}:
       group_loss = group_weighted_mean(losses, batch.groups, self.num_groups, where=batch.where)
-    return Share(loss, grads, group_loss)
+    observed = observed.reduce(batch, count) if "observed" in self.metrics else Observed()
+    return Share(loss, grads, group_loss, observed)
 
   def finish(self, state: TrainState, share: Share, table=None) -> tuple[TrainState, dict]:
     """Applies the whole gradient, updates the rule and collects the metrics asked for.
@@ -165,13 +143,13 @@ class Step:
       opt_state=opt_state,
       mixer=self._update_mixer(state, share, table),
     )
-    return after, self._collect(state, after, share)
+    return after, self._collect(state, after, share, updates)
 
   def __call__(self, state: TrainState, batch: Batch, table=None) -> tuple[TrainState, dict]:
     """One step on a given batch; `run` draws its batches with `draw`."""
     return self.finish(state, self.share(state, batch, batch.count()), table)
 
-  def _collect(self, before, after, share) -> dict:
+  def _collect(self, before, after, share, updates) -> dict:
     readers = {
       "loss": lambda: share.loss,
       "grad_norm": lambda: optax.tree.norm(share.grads),
@@ -180,6 +158,9 @@ class Step:
         zip("pr", self.mixer.weights(before.mixer, before.step), strict=True)
       ),
       "epochs": lambda: self.streams.epochs_seen(after.streams),
+      "observed": lambda: share.observed.means | share.observed.maxima,
+      "grad_rms": lambda: tree_rms(share.grads),
+      "update_rms": lambda: tree_rms(updates),
     }
     return {name: readers[name]() for name in self.metrics}
 
@@ -224,7 +205,7 @@ class Step:
     sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
     indices = jax.random.randint(key, groups.shape, 0, sizes)
     return measure_gradient_moments(
-      self.per_example_loss,
+      lambda *args: self.losses(*args)[0],
       state.params,
       table.take(groups, indices),
       groups,
@@ -254,7 +235,7 @@ def _step_keys(state: TrainState):
 
 
 def make_step(
-  per_example_loss: Callable[[Any, Any, Any], jax.Array],
+  per_example_loss: Callable[[Any, Any, Any], Any],
   optimizer: optax.GradientTransformation,
   mixer: Mixer,
   table=None,
@@ -270,7 +251,8 @@ def make_step(
   """Builds a training step.
 
   Args:
-    per_example_loss: per_example_loss(params, rows, key) -> float (B,), one loss per example.
+    per_example_loss: per_example_loss(params, rows, key) -> float (B,), one loss per example; or
+      (losses, `Observed`), where other figures of the same forward pass are wanted as metrics.
     optimizer: any optax optimizer.
     mixer: what is optimised and drawn; see `balance_jax.mixing`.
     table: the `GroupTable` that batches are drawn from; None where they come from the host.
@@ -278,7 +260,8 @@ def make_step(
     num_groups: K; needed only without a table.
     allocation: how r becomes counts, "stratified", "systematic" or "multinomial"; see
       `allocate_counts`.
-    metrics: names out of `METRICS`; all that apply by default. What is not named is not computed.
+    metrics: names out of `METRICS`; by default all that apply, without the root mean squares by
+      tensor. What is not named is not computed.
     micro_batches: parts the batch is processed in, one after another; divides batch_size.
     measure_every: steps between measurements of gradient moments, for mixers that need them.
     measure_examples: examples of each group in such a measurement, >= 2.
@@ -323,7 +306,8 @@ def _choose_metrics(metrics: Sequence[str] | None, table) -> tuple[str, ...]:
   available = [name for name in METRICS if table is not None or name != "epochs"]
   for name in metrics or ():
     _checks.check_choice("metrics", name, available)
-  return tuple(available if metrics is None else metrics)
+  default = [name for name in available if name not in _ON_REQUEST]
+  return tuple(default if metrics is None else metrics)
 
 
 def _count_groups(table, num_groups: int | None) -> int:

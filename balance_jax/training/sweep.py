@@ -170,10 +170,14 @@ def _on_one_device(fn, runs, shared) -> str:
   """The faster of vmap and map: batching fills an accelerator, but not a core already full."""
   if jax.default_backend() != "cpu":
     return "vmap"
-  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), runs)
+  one = jax.tree.map(_shape_of_one, runs)
   # The compiler counts the body of a scan once, so this is about one step of one run.
   cost = jax.jit(fn).lower(one, shared).cost_analysis() or {}
   return "vmap" if cost.get("flops", np.inf) < VMAP_FLOPS else "map"
+
+
+def _shape_of_one(array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
 
 
 class SweepRuns:
@@ -198,13 +202,25 @@ class SweepRuns:
     self._build, self._init = build, init
     self._programs: dict[Any, Callable] = {}
     states = jax.eval_shape(jax.vmap(lambda cell: init(cell, build(cell))), self.cells)
-    shared = (table, jax.ShapeDtypeStruct((), jnp.int32))
-    fn = functools.partial(self._advance_one, length=1)
-    self.plan = plan_runs(fn, (self.cells, states), shared, how=how, devices=devices)
+    self._shared = (table, jax.ShapeDtypeStruct((), jnp.int32))
+    self._shapes = jax.tree.map(_shape_of_one, (self.cells, states))
+    self._one_step = functools.partial(self._advance_one, length=1)
+    self.plan = plan_runs(
+      self._one_step, (self.cells, states), self._shared, how=how, devices=devices
+    )
 
   @property
   def num_runs(self) -> int:
     return len(next(iter(self.cells.values())))
+
+  def cost_of_step(self) -> dict[str, float]:
+    """Of one step of one run, as compiled: "flops" and "temporary_bytes"."""
+    compiled = jax.jit(self._one_step).lower(self._shapes, self._shared).compile()
+    memory = compiled.memory_analysis()
+    return {
+      "flops": (compiled.cost_analysis() or {}).get("flops", np.nan),
+      "temporary_bytes": np.nan if memory is None else memory.temp_size_in_bytes,
+    }
 
   def init(self) -> TrainState:
     """States before training, every array with a leading axis R."""
@@ -244,7 +260,8 @@ class SweepRuns:
         return mapped((cells, states), shared)
 
       # The name shows in profiles and compilation logs.
-      program.__name__ = f"sweep_{name if isinstance(name, str) else type(name).__name__}"
+      kind = name[0] if isinstance(name, tuple) else name
+      program.__name__ = f"sweep_{kind if isinstance(kind, str) else type(kind).__name__}"
       self._programs[name] = jax.jit(program, donate_argnums=1 if donate else ())
     return self._programs[name](self.cells, states, shared)
 

@@ -45,6 +45,10 @@ class Workdir:
     self.report = self.path / "report.html"
     self.tensorboard = self.path / "tensorboard"
 
+  def below(self, name: str) -> "Workdir":
+    """The folder of a part of the run; the folder itself for the empty name."""
+    return Workdir(self.path / "arms" / name) if name else self
+
   def check(self, config: Mapping) -> bool:
     """Whether this config has begun here; writes nothing.
 

@@ -32,13 +32,15 @@ def init_params():
   return {"w": jnp.asarray(w, jnp.float32)}
 
 
-def make_problem(mixer=None, *, optimizer=None, batch_size=16, table=None, seed=0, **kwargs):
+def make_problem(
+  mixer=None, *, loss=None, optimizer=None, batch_size=16, table=None, seed=0, **kwargs
+):
   """(step, state) of temperature 5 upweighting with SGD, unless told otherwise."""
   table = make_table() if table is None else table
   mixer = mixing.temperature(table.sizes, 5.0, draw="natural") if mixer is None else mixer
   optimizer = optax.sgd(0.3) if optimizer is None else optimizer
   step = training.make_step(
-    per_example_loss, optimizer, mixer, table, batch_size=batch_size, **kwargs
+    loss or per_example_loss, optimizer, mixer, table, batch_size=batch_size, **kwargs
   )
   return step, training.init_state(jax.random.key(seed), init_params(), step)
 

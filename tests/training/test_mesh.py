@@ -10,12 +10,19 @@ import pytest
 
 from balance_jax import training
 from balance_jax.training.mesh import HOW
-from tests.training.problems import make_problem
+from tests.training.problems import make_problem, per_example_loss
+
+
+def observing_loss(params, rows, key):
+  losses = per_example_loss(params, rows, key)
+  return losses, training.Observed({"mean": rows["x"]}, {"largest": losses})
 
 
 @pytest.fixture(scope="module")
 def single_device():
-  step, state = make_problem(optimizer=optax.adam(1e-2), micro_batches=2)
+  step, state = make_problem(
+    loss=observing_loss, optimizer=optax.adam(1e-2), micro_batches=2, metrics=None
+  )
   after, history = training.run(step, jax.tree.map(jnp.copy, state), 6, chunk=3)
   assert np.ptp(np.asarray(step.draw(state, step.table)[1].weights)) > 1.0  # unequal weights
   return step, state, after, history
@@ -31,6 +38,8 @@ def test_eight_devices_equal_one(how, single_device):
   np.testing.assert_allclose(parallel_history["loss"], history["loss"], rtol=1e-5)
   np.testing.assert_allclose(parallel_history["grad_norm"], history["grad_norm"], rtol=1e-5)
   np.testing.assert_array_equal(parallel_history["group_loss"].den, history["group_loss"].den)
+  for name, value in history["observed"].items():
+    np.testing.assert_allclose(parallel_history["observed"][name], value, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(result.streams.offset, after.streams.offset)
 
 

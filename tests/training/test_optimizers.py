@@ -1,27 +1,28 @@
-"""The optimizer of configs: schedule by hand, AdamW in float64, clipping."""
+"""The optimizer of configs: AdamW on its schedule in float64, clipping, the end of the schedule."""
+
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balance_jax.training.optimizers import adamw, warmup_cosine
-
-
-def test_schedule_at_its_corners():
-  schedule = warmup_cosine(0.5, warmup_steps=10, total_steps=110, end_fraction=0.1)
-  steps = jnp.array([0, 5, 10, 60, 110, 200])
-  expected = [0.0, 0.25, 0.5, 0.5 * (0.1 + 0.9 * 0.5), 0.05, 0.05]
-  np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-6)
-  constant = warmup_cosine(0.5, warmup_steps=0, total_steps=10, end_fraction=1.0)
-  np.testing.assert_allclose([constant(0), constant(9)], [0.5, 0.5])
+from balance_jax.training.optimizers import SWEEPABLE, make_optimizer
 
 
 def test_updates_are_adamw_with_clipping():
   """Three steps in float64 NumPy from the formulas of AdamW behind a clip of the norm."""
   rng = np.random.default_rng(0)
   w, grads = rng.normal(size=5), 3.0 * rng.normal(size=(3, 5))
-  optimizer = adamw(0.1, total_steps=4, warmup_fraction=0.25, weight_decay=0.01, clip_norm=1.0)
+  optimizer = make_optimizer(
+    0.1,
+    total_steps=4,
+    warmup_fraction=0.25,
+    end_fraction=0.1,
+    weight_decay=0.01,
+    weight_decay_mode="coupled",
+    clip_norm=1.0,
+  )
   params = jnp.asarray(w, jnp.float32)
   state = optimizer.init(params)
   rates = [0.0, 0.1, 0.1 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 3)))]
@@ -36,9 +37,47 @@ def test_updates_are_adamw_with_clipping():
     np.testing.assert_allclose(params, w, rtol=1e-5, atol=1e-6)
 
 
+def changes(optimizer, steps=4):
+  """The parameters of one number under gradients of 1, before each step and after the last."""
+  params = jnp.ones(())
+  state, seen = optimizer.init(params), [1.0]
+  for _ in range(steps):
+    updates, state = optimizer.update(jnp.ones(()), state, params)
+    params = params + updates
+    seen.append(float(params))
+  return np.diff(seen)
+
+
+def test_the_schedule_ends_at_an_absolute_or_relative_rate():
+  """Without decay and with gradients of 1, Adam moves by the learning rate."""
+  fixed = {"total_steps": 2, "warmup_fraction": 0.0, "weight_decay": 0.0}
+  for end, expected in (
+    ({"end_learning_rate": 0.02}, 0.02),
+    ({"end_fraction": 0.5}, 0.05),
+    ({"end_learning_rate": 0.02, "end_fraction": 0.5}, 0.05),  # the larger one
+    ({"end_learning_rate": 7.0}, 0.1),  # never above the peak
+  ):
+    moved = changes(make_optimizer(0.1, **fixed, **end))
+    np.testing.assert_allclose(
+      moved, [-0.1, -(0.1 + expected) / 2, -expected, -expected], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rule", ["stable_adamw", "adam_atan2"])
+def test_other_rules_take_the_same_settings(rule):
+  moved = changes(make_optimizer(0.1, total_steps=4, rule=rule, weight_decay=0.0))
+  assert np.all(moved <= 0.0)
+  assert moved[1] < -0.01
+
+
+def test_what_may_be_swept_is_an_argument():
+  names = inspect.signature(make_optimizer).parameters
+  assert set(SWEEPABLE) < set(names)
+
+
 def test_numbers_may_be_traced():
   def total(rate):
-    optimizer = adamw(rate, total_steps=10, clip_norm=rate * 10)
+    optimizer = make_optimizer(rate, total_steps=10, clip_norm=rate * 10)
     params = jnp.ones(3)
     state = optimizer.init(params)
     for _ in range(3):
@@ -60,8 +99,10 @@ def test_numbers_may_be_traced():
     ({"warmup_fraction": 1.0}, "warmup_fraction is 1.0"),
     ({"end_fraction": 2.0}, "end_fraction is 2.0"),
     ({"total_steps": 0}, "total_steps is 0"),
+    ({"rule": "adamwe"}, r"rule is 'adamwe' \(did you mean 'adamw'"),
+    ({"weight_decay_mode": "both"}, "weight_decay_mode is 'both'"),
   ],
 )
 def test_bad_arguments(kwargs, message):
   with pytest.raises(ValueError, match=message):
-    adamw(**({"learning_rate": 0.1, "total_steps": 10} | kwargs))
+    make_optimizer(**({"learning_rate": 0.1, "total_steps": 10} | kwargs))

@@ -99,6 +99,40 @@ def test_micro_batches_and_masks_add_up_with_unequal_weights():
   np.testing.assert_allclose(whole.params["w"], alone.params["w"], atol=1e-6)
 
 
+def test_a_loss_may_observe_means_and_maxima_of_valid_examples():
+  def loss(params, rows, key):
+    losses = per_example_loss(params, rows, key)
+    bad = jnp.isnan(rows["x"][:, 0])  # a masked row may hold anything
+    return jnp.where(bad, 1.0, losses), training.Observed({"x": rows["x"]}, {"x_max": rows["x"]})
+
+  step, state = make_problem(loss=loss)
+  drawn, batch = draw(step, state)
+  where = np.arange(16) % 3 > 0
+  poisoned = jnp.where(where[:, None], batch.rows["x"], jnp.nan)
+  poisoned_batch = dataclasses.replace(
+    batch, rows={**batch.rows, "x": poisoned}, where=jnp.asarray(where)
+  )
+  valid = np.asarray(batch.rows["x"])[where]
+  for parts in (1, 4):
+    split = dataclasses.replace(step, micro_batches=parts)
+    _, metrics = take(split, drawn, poisoned_batch)
+    np.testing.assert_allclose(metrics["observed"]["x"], valid.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(metrics["observed"]["x_max"], valid.max(axis=0))
+  _, plain = take(dataclasses.replace(step, metrics=("loss",)), drawn, batch)
+  assert set(plain) == {"loss"}
+
+
+def test_sizes_of_gradients_and_updates_by_tensor_come_on_request():
+  step, state = make_problem(optimizer=optax.sgd(0.5), metrics=["grad_rms", "update_rms"])
+  drawn, batch = draw(step, state)
+  grad, _ = reference_gradient(state.params["w"], batch.rows, batch.weights)
+  _, metrics = take(step, drawn, batch)
+  np.testing.assert_allclose(metrics["grad_rms"]["w"], np.sqrt((grad**2).mean()), rtol=1e-5)
+  np.testing.assert_allclose(metrics["update_rms"]["w"], 0.5 * np.sqrt((grad**2).mean()), rtol=1e-5)
+  step, _ = make_problem()
+  assert "grad_rms" not in step.metrics
+
+
 def test_masked_rows_leave_no_trace_even_when_not_finite():
   step, state = make_problem()
   drawn, batch = draw(step, state)

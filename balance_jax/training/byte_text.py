@@ -1,0 +1,74 @@
+"""Byte-level text and a decoder for it, as the tasks that train on text share them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balance_jax import data
+from balance_jax.training.batch import Batch
+from balance_jax.training.measure import evaluation_batches
+
+# A source of zeros, for what needs the shapes of the data only.
+STAND_IN = "stand_in"
+
+_CAPS = ("logit_soft_cap", "output_soft_cap")
+
+
+def load_table(spec: Mapping[str, Any], split: str) -> data.GroupTable:
+  """The rows of one split.
+
+  Args:
+    spec: `config.data`: "source", "languages", "directory", "group_key", "text_key", "window".
+    split: "train", "validation" or "test".
+
+  Raises:
+    ValueError: too little text for the window, or as `data.load_documents`.
+    DatasetNotInstalledError, CorruptedDataError: see `data.load_documents`.
+  """
+  if spec["source"] == STAND_IN:
+    rows = np.zeros((8, spec["window"] + 1), np.uint8)
+    names = spec["languages"] or ("text",)
+    return data.GroupTable.from_rows({name: {"tokens": rows} for name in names})
+  documents = data.load_documents(
+    spec["source"],
+    split,
+    languages=spec["languages"] or None,
+    data_dir=spec["directory"] or None,
+    group_key=spec["group_key"],
+    text_key=spec["text_key"],
+  )
+  try:
+    return data.group_table(documents, window=spec["window"])
+  except ValueError as error:
+    raise ValueError(f"data.source {spec['source']}, split {split}: {error}") from error
+
+
+def held_out(spec: Mapping[str, Any], split: str, batch_size: int) -> Batch:
+  """The first `spec["eval_rows"]` rows of every group of a split, as `evaluation_batches`."""
+  return evaluation_batches(
+    load_table(spec, split), rows_per_group=spec["eval_rows"], batch_size=batch_size
+  )
+
+
+def make_decoder(spec: Mapping[str, Any]):
+  """The `Decoder` over bytes of a `config.model`, whose entries are those of `DecoderConfig`.
+
+  A soft-cap of 0 stands for none, as a config has no None.
+  """
+  from balance_jax import models
+
+  spec = {name: value for name, value in spec.items() if name not in _CAPS or value != 0.0}
+  return models.Decoder(models.DecoderConfig(vocab_size=data.VOCAB_SIZE, **spec))
+
+
+def initializer(decoder, window: int):
+  """init(key) -> parameters for rows of `window` tokens."""
+  return lambda key: decoder.init(key, jnp.zeros((1, window), jnp.int32))
+
+
+def count(shapes: Any) -> int:
+  """Number of parameters of a pytree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,61 @@
+"""What a config would train, without training: parameters, operations and memory of every arm."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from balance_jax.training import byte_text, report
+from balance_jax.training.task import Task
+
+
+def dry_run(task: Task) -> str:
+  """A table of all arms, from shapes and compiled programs; no array of a model is made.
+
+  Args:
+    task: built on stand-in data, see `without_data`.
+
+  Returns:
+    For every arm its runs, and for one of them the parameters, the floating-point operations of a
+    step, the bytes of its state and the compiled step's peak of temporary memory.
+  """
+  rows = []
+  for name, build in task.arms.items():
+    arm = build()
+    cost = arm.runs.cost_of_step()
+    state = jax.eval_shape(arm.runs.init)
+    count = byte_text.count(state.params) // arm.runs.num_runs
+    rows.append(
+      [
+        name or "all",
+        arm.runs.num_runs,
+        f"{count:,}",
+        f"{cost['flops']:.3g}",
+        _size(_bytes(state) / arm.runs.num_runs),
+        _size(cost["temporary_bytes"]),
+        arm.train["steps"],
+      ]
+    )
+  header = ["arm", "runs", "parameters", "FLOPs a step", "state", "temporary", "steps"]
+  device = jax.devices()[0]
+  text = report.render_table(header, rows)
+  return f"{text}\nOf one run, as compiled for {device.device_kind} ({device.platform})."
+
+
+def without_data(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config on zeros in place of its text: the shapes are those of the real thing."""
+  data = {**config.get("data", {}), "source": byte_text.STAND_IN}
+  return {**config, "data": data}
+
+
+def _bytes(tree) -> int:
+  # A typed key has no itemsize on every version; it is a few bytes.
+  return sum(x.size * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))
+
+
+def _size(count: float) -> str:
+  for unit in ("B", "kB", "MB", "GB"):
+    if count < 1000:
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  return f"{count:.3g} TB"

@@ -1,0 +1,81 @@
+"""What an experiment trains, and what it makes of the measurements.
+
+A task is a list of arms. An arm is a set of runs of one shape, one compiled program; arms differ
+in what changes shapes: sizes, architectures, numbers of steps. The runner in `experiment` trains
+one arm after another and knows nothing of what they are about.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from balance_jax import _checks, data
+from balance_jax.training.batch import Batch
+from balance_jax.training.sweep import SweepRuns
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """Runs that share a compiled program.
+
+  Attributes:
+    runs: the training runs.
+    labels: for every run a dict of "method", "seed" and whatever else names it in its records.
+    groups: names of the K groups.
+    table: training rows.
+    validation: held-out rows, as `evaluation_batches` gives them.
+    test: as validation, for the final figure; None without one.
+    chunk_record: metrics of one run over a chunk, NumPy (steps, ...) -> fields of its record.
+    evaluate: evaluate(step, state, batches) -> dict of arrays, fields of an evaluation record; the
+      same function every time, so that it is compiled once.
+    measure: as evaluate, of the training table, every `train.variance_every` steps; or None.
+    train: the step counts, see `experiment.check_schedule`.
+    allow_divergence: whether a loss that is not finite is a result instead of an error.
+  """
+
+  runs: SweepRuns
+  labels: tuple[dict, ...]
+  groups: tuple[str, ...]
+  table: data.GroupTable
+  validation: Batch
+  test: Batch | None
+  chunk_record: Callable[[Mapping[str, Any]], dict]
+  evaluate: Callable[..., dict]
+  measure: Callable[..., dict] | None
+  train: Mapping[str, Any]
+  allow_divergence: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """An experiment.
+
+  Attributes:
+    arms: name -> the arm, built when its turn has come. A single arm has the empty name and lies in
+      the folder of the run itself; others have folders of their own below it.
+    conclude: conclude(records, facts, report) -> (text to print, results for results.json); writes
+      the page `report`. Records are those of all arms, facts say what was run.
+    facts: what the report says about model and data.
+  """
+
+  arms: Mapping[str, Callable[[], Arm]]
+  conclude: Callable[[list[dict], dict, Path], tuple[str, dict]]
+  facts: dict[str, Any]
+
+
+def check_schedule(train: Mapping[str, Any], *intervals: str) -> None:
+  """Raises ValueError unless the step counts of `config.train` fit together.
+
+  Args:
+    train: the entries "steps", "batch_size", "chunk", "eval_every", "checkpoint_every".
+    intervals: names of further entries that must be multiples of the chunk.
+  """
+  multiples = ("steps", "eval_every", "checkpoint_every", *intervals)
+  for name in ("batch_size", "chunk", *multiples):
+    _checks.check_number(f"train.{name}", train[name], low=1, integer=True)
+  for name in multiples:
+    if train[name] % train["chunk"]:
+      raise ValueError(
+        f"train.{name} is {train[name]}; it must be a multiple of train.chunk = {train['chunk']}"
+      )
