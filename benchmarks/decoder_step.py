@@ -31,7 +31,7 @@ import torch
 
 from balance_jax import data, mixing, models, training
 from balance_jax.losses import cross_entropy
-from balance_jax.training.optimizers import adamw
+from balance_jax.training.optimizers import make_optimizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from torch_decoder import TorchTrainer
@@ -68,7 +68,7 @@ def jax_turn(width: int, size: dict) -> Callable[[], float]:
     del key
     return cross_entropy(decoder.apply(params, rows[:, :-1]), rows[:, 1:]).mean(-1)
 
-  optimizer = adamw(1e-3, total_steps=10**6, weight_decay=0.1, clip_norm=1.0)
+  optimizer = make_optimizer(1e-3, total_steps=10**6, weight_decay=0.1, clip_norm=1.0)
   mixer = mixing.proportional(table.sizes)
   step = training.make_step(per_example_loss, optimizer, mixer, table, batch_size=size["batch"])
   params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

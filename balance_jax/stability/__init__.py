@@ -37,6 +37,7 @@ from balance_jax.stability.trends import (
   predict_unstable,
 )
 from balance_jax.stability.updates import (
+  param_rms,
   qk_clip,
   scale_by_param_rms,
   skip_unstable_steps,
@@ -63,6 +64,7 @@ __all__ = [
   "materialize",
   "max_stable_learning_rate",
   "mup",
+  "param_rms",
   "predict_unstable",
   "probe_attention",
   "qk_clip",
@@ -77,4 +79,5 @@ __all__ = [
   "tree_rms",
   "update_to_eps_ratio",
   "warmup_cosine",
+  "with_power_iteration",
 ]

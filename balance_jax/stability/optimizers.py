@@ -58,7 +58,8 @@ def adamw(
       params to one; None decays all.
     multipliers: learning-rate multipliers m, >= 0: pytree of numbers like params, or a prefix of
       it, or a function from the current params to one. They scale D, never the decay.
-    decay_multipliers: factors on lambda, >= 0, in the same form (coupled decay under muP).
+    decay_multipliers: factors on lambda, >= 0, in the same form. muP needs none here, as its
+      learning-rate multipliers do not reach the decay.
 
   Returns:
     An optax transformation; its update needs params. Moments are kept in float32 or wider. The

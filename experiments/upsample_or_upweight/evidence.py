@@ -1,70 +1,29 @@
-"""What all scripts of this folder share: results as JSON, paired differences, verdicts by rule."""
+"""What all scripts of this folder share: its results as JSON, speed and overfitting."""
 
-import json
 import math
-import operator
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from balance_jax.training.mixture_summary import seed_stats
+from balance_jax.training import evidence
+from balance_jax.training.evidence import VERDICTS, paired, rounded, show, verdict
+
+__all__ = [
+  "RESULTS", "VERDICTS", "first_step", "load", "log2_speedup", "overfit", "paired", "rounded",
+  "save", "show", "verdict",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
-VERDICTS = ("reproduces", "does not", "not established")
 
 
 def save(name: str, value, folder: Path = RESULTS) -> None:
   """Writes results/<name>.json, numbers rounded to five digits."""
-  folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(rounded(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-  # One line a key of the first two levels, so that a new run gives a readable diff.
-  (folder / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n")
+  evidence.save(folder / f"{name}.json", value)
 
 
 def load(name: str, folder: Path = RESULTS):
   """The content of results/<name>.json."""
-  return json.loads((folder / f"{name}.json").read_text())
-
-
-def rounded(value):
-  """Nested lists, dicts and arrays with floats to five digits; NaN becomes None."""
-  if isinstance(value, dict):
-    return {str(key): rounded(item) for key, item in value.items()}
-  if hasattr(value, "tolist"):
-    return rounded(value.tolist())
-  if isinstance(value, list | tuple):
-    return [rounded(item) for item in value]
-  if isinstance(value, float):
-    return float(f"{value:.5g}") if math.isfinite(value) else None
-  return value
-
-
-def paired(first: Iterable[float], second: Iterable[float]) -> dict:
-  """Stats of first - second, seed by seed: mean, std, n and ci95 (half the interval's width)."""
-  return seed_stats(map(operator.sub, first, second))
-
-
-def verdict(*demands: tuple[dict, float]) -> str:
-  """What the intervals say of a claim made of demands "effect > bound".
-
-  Args:
-    demands: pairs of the stats of an effect over seeds (see `paired`) and its bound.
-
-  Returns:
-    "reproduces" if every 95 % interval lies above its bound, "does not" if one lies below,
-    otherwise "not established".
-  """
-  if any(effect["mean"] + effect["ci95"] < bound for effect, bound in demands):
-    return "does not"
-  if all(effect["mean"] - effect["ci95"] > bound for effect, bound in demands):
-    return "reproduces"
-  return "not established"
-
-
-def show(effect: dict, digits: int = 3) -> str:
-  """An effect for the table: mean and half width of its 95 % interval."""
-  return f"{effect['mean']:+.{digits}f} ± {effect['ci95']:.{digits}f}"
+  return evidence.load(folder / f"{name}.json")
 
 
 def log2_speedup(steps, first, second) -> list[float]:

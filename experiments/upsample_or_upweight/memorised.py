@@ -24,7 +24,7 @@ from balance_jax import data, mixing, models
 from balance_jax.losses import cross_entropy
 from balance_jax.training import init_state, make_step
 from balance_jax.training.measure import evaluate, evaluation_batches, gradient_variance
-from balance_jax.training.optimizers import adamw
+from balance_jax.training.optimizers import make_optimizer
 from balance_jax.training.sweep import SweepRuns, product
 
 # Temperature sampling and scalarization, as the exponent a of the draw r ~ p^a q^(1-a).
@@ -108,7 +108,7 @@ def make_runs(settings: Settings, table: data.GroupTable) -> SweepRuns:
 
   step = make_step(
     per_example_loss,
-    adamw(
+    make_optimizer(
       settings.rate,
       total_steps=settings.steps,
       end_fraction=settings.end_fraction,

@@ -46,3 +46,10 @@ def test_examples_run_as_scripts():
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("relative error") == 4
+
+
+def test_will_it_break():
+  found = load("will_it_break").main(steps=60)
+  assert found[True]["sensitivity"] > 0.0
+  without, with_norm = (found[key]["report"].max_logit for key in (False, True))
+  assert without > 10 * with_norm

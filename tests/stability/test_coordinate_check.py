@@ -337,9 +337,9 @@ def test_names_of_activations():
 
   one = jnp.full((2,), -2.0, jnp.bfloat16)
   names, sizes, _ = record(
-    {"__call__": (one,), "b10": {"__call__": (one,)}, "b2": {"__call__": (one, 2 * one)}}
+    {"__call__": (one,), "z10": {"__call__": (one,)}, "z2": {"__call__": (one, 2 * one)}}
   )
-  assert names == ("b2", "b2/1", "b10", "output")
+  assert names == ("z2", "z2/1", "z10", "output")
   np.testing.assert_array_equal(sizes[0, 0], [2.0, 4.0, 2.0, 2.0])
   # A pair from each of two calls: without the places, two of them would have the same name.
   twice = {"a": {"__call__": ((one, one), (one, one))}}
@@ -351,7 +351,7 @@ def test_names_of_activations():
 @pytest.mark.slow
 def test_decoder():
   """Heads of 16, and more of them; below width 64 the limit is still far."""
-  tokens = jnp.asarray(np.random.default_rng(4).integers(0, 32, (4, 17)))
+  tokens = jnp.asarray(np.random.default_rng(4).integers(0, 32, (16, 17)))
 
   def make_model(width):
     return Decoder(DecoderConfig(vocab_size=32, width=width, depth=2, heads=width // 16))
@@ -362,11 +362,11 @@ def test_decoder():
       (64, 128, 256),
       inputs=tokens[:, :-1],
       loss=lambda logits: cross_entropy(logits, tokens[:, 1:]),
-      seeds=(0, 1),
+      learning_rate=0.005,
       variant=variant,
     )
     for variant in ("tensor_programs", None)
   )
   assert "block_1/attention/attention_stats/max_logit" in programs.activations
   assert programs.passes, programs.failures()
-  assert max(standard.failures().values()) > 0.3
+  assert standard.failures()["block_0"] > 0.3
