@@ -69,3 +69,10 @@ def test_a_small_run_on_real_data(tmp_path):
   again = command(tmp_path / "run", *small, methods)
   assert again.returncode == 0
   assert "finished before" in again.stdout
+
+
+def test_a_dry_run_needs_no_data_and_no_folder():
+  done = command(None, "--dry_run", config="configs/predict_instability.py")
+  assert done.returncode == 0, done.stderr
+  assert "softmax-w96-d3" in done.stdout
+  assert "FLOPs a step" in done.stdout
