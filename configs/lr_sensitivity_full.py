@@ -34,4 +34,5 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.probe_step = 2_000
   config.seeds = (0,)
+  config.parallel = "map"  # the wide models do not fit seven times; see --dry_run
   return config

@@ -7,8 +7,8 @@ size, which is held back. Above 1e4 every run of Wortsman et al., 2023 (arXiv 23
 
   python -m balance_jax.main --config=configs/predict_instability.py --workdir=runs/predict
 
-Expected, on two idle CPU cores in four minutes: the largest logit rises with size at every rate;
-at rate 0.1 the line from three sizes puts the fourth above 1e4, and so it is.
+Expected, on two idle CPU cores in three minutes: the largest logit rises with size at every rate;
+at rate 0.1 the line from three sizes puts the fourth above 1e4 (1.2e4), and so it is (1.5e4).
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
   python experiments/small_scale_proxies/run.py RUNS [FIGURE ...]
 
-Writes RUNS/<figure>, about 40 minutes in all on two idle CPU cores. The same command goes on where
+Writes RUNS/<figure>, an hour in all on two CPU cores that other work shares. The same command goes on where
 it was stopped.
 """
 

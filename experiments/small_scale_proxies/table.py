@@ -74,7 +74,7 @@ def _ladder() -> str:
 
 def _coordinates() -> str:
   checks = evidence.load(RESULTS / "coordinate_check.json")["checks"]
-  lines = ["### Coordinate check, widths 64 to 256, three steps at rate 0.005", ""]
+  lines = ["### Coordinate check, widths 64 to 256, five steps at rate 0.005", ""]
   lines += ["| variant | verdict | failing | steepest slope |", "| --- | --- | --- | --- |"]
   for name, check in checks.items():
     judged = [entry for entry in check["slopes"] if entry["judged"]]

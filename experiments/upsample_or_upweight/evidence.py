@@ -7,10 +7,11 @@ import numpy as np
 
 from balance_jax.training import evidence
 from balance_jax.training.evidence import VERDICTS, paired, rounded, show, verdict
+from balance_jax.training.mixture_summary import seed_stats
 
 __all__ = [
   "RESULTS", "VERDICTS", "first_step", "load", "log2_speedup", "overfit", "paired", "rounded",
-  "save", "show", "verdict",
+  "save", "seed_stats", "show", "verdict",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
