@@ -2,8 +2,8 @@
 
   python experiments/small_scale_proxies/run.py RUNS [FIGURE ...]
 
-Writes RUNS/<figure>, an hour in all on two CPU cores that other work shares. The same command goes on where
-it was stopped.
+Writes RUNS/<figure>, an hour in all on two CPU cores that other work shares. The same command goes
+on where it was stopped.
 """
 
 import subprocess
