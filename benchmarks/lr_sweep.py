@@ -29,15 +29,26 @@ STEPS = 400
 WORKLOADS = ("decoder_64_3", "mlp_64")
 
 
+def base_config():
+  """The recipe of configs/lr_sensitivity.py, to be changed and given to `resolved`."""
+  return runpy.run_path(str(ROOT / "configs" / "lr_sensitivity.py"))["base"]()
+
+
+def resolved(config):
+  """The config as plain values."""
+  from balance_jax.training.config import resolve
+
+  return resolve(config)
+
+
 def decoder_runs(rates, statistics=False):
   """The runs of the d 64, three-block decoder of configs/lr_sensitivity.py."""
   from balance_jax.training import byte_text, stability_task
-  from balance_jax.training.config import resolve
 
-  config = runpy.run_path(str(ROOT / "configs" / "lr_sensitivity.py"))["base"]()
+  config = base_config()
   config.sizes = ((64, 3, 4),)
   config.statistics = statistics
-  config = resolve(config)
+  config = resolved(config)
   arm = next(iter(stability_task.arm_configs(config).values()))
   table = byte_text.load_table(config["data"], "train")
   cells = [{"learning_rate": rate, "seed": 0} for rate in rates]

@@ -30,7 +30,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.mup.base_width = 256
   config.model.dtype = "bfloat16"
   config.train.update(
-    steps=100_000, batch_size=256, chunk=100, eval_every=5_000, checkpoint_every=1_000
+    steps=100_000,
+    batch_size=256,
+    micro_batches=64,
+    chunk=100,
+    eval_every=5_000,
+    checkpoint_every=1_000,
   )
   config.probe_step = 2_000
   config.seeds = (0,)

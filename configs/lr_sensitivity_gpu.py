@@ -26,7 +26,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.mup.base_width = 256
   config.model.dtype = "bfloat16"
   config.train.update(
-    steps=10_000, batch_size=64, chunk=100, eval_every=2_000, checkpoint_every=1_000
+    steps=10_000,
+    batch_size=64,
+    micro_batches=4,
+    chunk=100,
+    eval_every=2_000,
+    checkpoint_every=1_000,
   )
   config.probe_step = 2_000
   config.seeds = (0,)

@@ -30,7 +30,8 @@ def dry_run(task: Task) -> str:
         name or "all",
         arm.runs.num_runs,
         f"{count:,}",
-        f"{cost['flops']:.3g}",
+        # The compiler counts the body of a loop once, and the micro-batches are a loop.
+        f"{cost['flops'] * arm.train['micro_batches']:.3g}",
         _size(_bytes(state) / arm.runs.num_runs),
         _size(cost["temporary_bytes"]),
         arm.train["steps"],

@@ -262,6 +262,7 @@ def make_runs(config, arm, table, cells) -> SweepRuns:
       mixing.proportional(table.sizes),
       table,
       batch_size=arm["train"]["batch_size"],
+      micro_batches=arm["train"]["micro_batches"],
       metrics=metrics,
     )
 

@@ -234,3 +234,15 @@ def test_a_dry_run_gives_parameters_operations_and_memory():
   assert rows["plain-w8-d1"][2] == f"{count:,}"
   flops = float(rows["plain-w8-d1"][3])
   assert 0.5 < flops / (6 * (count - 256 * 8) * 4 * 8) < 4  # 6 N D, and attention
+
+
+def test_micro_batches_change_neither_losses_nor_the_operations_of_a_step():
+  quick = {"sizes": ((8, 1, 2),), "seeds": (0,), "architectures": {"plain": {}}}
+  whole, parts = (tiny(train__micro_batches=count, **quick) for count in (1, 2))
+  np.testing.assert_allclose(final_losses(whole)[0], final_losses(parts)[0], rtol=1e-4)
+
+  def flops(config):
+    row = next(line for line in experiment.describe(config).splitlines() if "-w8" in line)
+    return float(row.split()[3])
+
+  assert 0.9 < flops(parts) / flops(whole) < 1.2
