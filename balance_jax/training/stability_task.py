@@ -72,14 +72,21 @@ def arm_configs(config: Mapping[str, Any]) -> dict[str, dict]:
   if not config["sizes"] or not config["architectures"]:
     raise ValueError("sizes and architectures must each hold at least one entry")
   for architecture, changes in _baseline_first(config["architectures"]):
+    if "/" in architecture or architecture.startswith("."):
+      raise ValueError(f"architectures holds {architecture!r}; it names a folder, so no / in it")
     for size in config["sizes"]:
       if len(size) != 3:
         raise ValueError(f"sizes holds {size}; expected (width, depth, heads)")
       width, depth, heads = size
+      name = f"{architecture}-w{width}-d{depth}"
+      if name in arms:
+        raise ValueError(
+          f"sizes holds width {width} with depth {depth} twice; their runs would mix"
+        )
       arm = _override(config, changes, f"architectures.{architecture}")
       arm["model"] |= {"width": width, "depth": depth, "heads": heads}
       arm["architecture"] = architecture
-      arms[f"{architecture}-w{width}-d{depth}"] = arm
+      arms[name] = arm
   return arms
 
 

@@ -190,6 +190,8 @@ def test_mup_variants_scale_rates_and_start():
     ({"hold_back_largest": True}, "sizes holds 2 widths"),
     ({"sizes": ((8, 1),)}, r"expected \(width, depth, heads\)"),
     ({"sizes": ()}, "sizes and architectures"),
+    ({"sizes": ((8, 1, 2), (8, 1, 4))}, "sizes holds width 8 with depth 1 twice"),
+    ({"architectures": {"a/b": {}}}, "architectures holds 'a/b'"),
     ({"seeds": ()}, "seeds"),
     ({"sizes": ((6, 1, 2),)}, "plain-w6-d1: head_dim is 3"),
     ({"interventions": {"a": {"epsilon": 1.0}}}, r"interventions\.a is 'epsilon'.*'eps'"),
