@@ -114,6 +114,8 @@ def _check_grid(config, arms) -> None:
   for name, numbers in settings.items():
     for key in numbers:
       _checks.check_choice(f"interventions.{name}", key, NUMBERS)
+  if len(rates) < 2:
+    raise ValueError(f"learning_rates is {tuple(rates)}; a curve takes at least 2, increasing")
   # Any losses will do: this checks the grid against the window.
   stability.lr_sensitivity(
     np.zeros(len(rates)), 0.0, learning_rates=rates, window=tuple(config["window"])

@@ -184,9 +184,10 @@ def test_mup_variants_scale_rates_and_start():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"learning_rates": ()}, "learning_rates|final_losses"),
-    ({"learning_rates": (1e-3,)}, "one|single|>= 2|at least 2|K >= 2"),
-    ({"learning_rates": (1e-3, 3e-3)}, "window"),
+    ({"learning_rates": ()}, r"learning_rates is \(\); a curve takes at least 2"),
+    ({"learning_rates": (1e-3,)}, r"learning_rates is \(0\.001,\)"),
+    ({"learning_rates": (1e-3, 3e-3)}, "grid not spanning the window"),
+    ({"learning_rates": (1e-2, 1e-3)}, "increasing"),
     ({"hold_back_largest": True}, "sizes holds 2 widths"),
     ({"sizes": ((8, 1),)}, r"expected \(width, depth, heads\)"),
     ({"sizes": ()}, "sizes and architectures"),
