@@ -72,10 +72,10 @@ def seconds_per_step(runs, steps: int, repeats: int) -> float:
 
 def utilisation(size, batch, window, steps, repeats, peak) -> dict:
   """Tokens a second, and the share of the peak, of one run."""
-  from balance_jax.training import byte_text
+  from balance_jax import models
 
   runs = decoder_runs(size, batch, window, (1e-3,), "map")
-  parameters = byte_text.count(jax.eval_shape(runs.init).params)
+  parameters = models.count_params(jax.eval_shape(runs.init).params)
   width, depth, _ = size
   flops = 6 * parameters + 12 * depth * width * window
   rate = batch * window / seconds_per_step(runs, steps, repeats)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from balance_jax import _checks
+from balance_jax.stability.trends import UNSTABLE_MAX_LOGIT
 
-# From the paper: every run whose largest attention logit exceeded this diverged.
-MAX_LOGIT_LIMIT = 1e4
+MAX_LOGIT_LIMIT = UNSTABLE_MAX_LOGIT
 # Ours: |log Z| stays near 0 with the z-loss, and starts near log V, 10.4 for 32,101 tokens.
 LOG_Z_LIMIT = 20.0
 # Ours, in nats: a row with 99.9 % on one position and the rest on another has 0.008.

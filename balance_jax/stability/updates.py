@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from balance_jax import _checks
+from balance_jax.stability.health import tree_rms
 
 # A history without spread would call the last digit of the next value a spike.
 _LEAST_RELATIVE_STD = 1e-4
@@ -34,13 +35,7 @@ def param_rms(params, min_rms=1e-3) -> Any:
     Pytree of float32 (or float64) scalars.
   """
   _checks.check_number("min_rms", min_rms, low=0.0, open_low=True)
-
-  def rms(p):
-    p = jnp.asarray(p)
-    squares = jnp.square(p.astype(jnp.promote_types(p.dtype, jnp.float32)))
-    return jnp.maximum(jnp.sqrt(squares.sum() / max(p.size, 1)), min_rms)
-
-  return jax.tree.map(rms, params)
+  return jax.tree.map(lambda rms: jnp.maximum(rms, min_rms), tree_rms(params))
 
 
 def scale_by_param_rms(min_rms=1e-3) -> optax.GradientTransformation:

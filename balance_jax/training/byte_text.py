@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from balance_jax import data
+from balance_jax.losses import cross_entropy
 from balance_jax.training.batch import Batch
 from balance_jax.training.measure import evaluation_batches
 
@@ -69,6 +69,12 @@ def initializer(decoder, window: int):
   return lambda key: decoder.init(key, jnp.zeros((1, window), jnp.int32))
 
 
-def count(shapes: Any) -> int:
-  """Number of parameters of a pytree of arrays or shapes."""
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def cross_entropy_loss(decoder):
+  """per_example_loss(params, rows, key) -> float (B,): mean cross entropy of the next bytes."""
+
+  def per_example_loss(params, rows, key):
+    del key  # no dropout
+    tokens = rows["tokens"]
+    return cross_entropy(decoder.apply(params, tokens[:, :-1]), tokens[:, 1:]).mean(axis=-1)
+
+  return per_example_loss

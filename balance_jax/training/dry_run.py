@@ -19,12 +19,14 @@ def dry_run(task: Task) -> str:
     For every arm its runs, and for one of them the parameters, the floating-point operations of a
     step, the bytes of its state and the compiled step's peak of temporary memory.
   """
+  from balance_jax import models
+
   rows = []
   for name, build in task.arms.items():
     arm = build()
     cost = arm.runs.cost_of_step()
     state = jax.eval_shape(arm.runs.init)
-    count = byte_text.count(state.params) // arm.runs.num_runs
+    count = models.count_params(state.params) // arm.runs.num_runs
     rows.append(
       [
         name or "all",

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from balance_jax import _checks, mixing
-from balance_jax.losses import cross_entropy
 from balance_jax.training import byte_text
 from balance_jax.training.measure import evaluate, gradient_variance
 from balance_jax.training.mixture_report import (
@@ -36,6 +35,8 @@ def language_model(config: Mapping[str, Any]) -> Task:
     ValueError: a value outside its range, an unknown method or mixer; says what is allowed.
     DatasetNotInstalledError, CorruptedDataError: see `balance_jax.data.load_documents`.
   """
+  from balance_jax import models
+
   check_schedule(config["train"], "variance_every")
   mixers = _check_config(config)
   spec, train = config["data"], config["train"]
@@ -57,7 +58,7 @@ def language_model(config: Mapping[str, Any]) -> Task:
   if config["reference"]:
     _checks.check_choice("reference", config["reference"], {x["method"] for x in arm.labels})
   init = byte_text.initializer(byte_text.make_decoder(config["model"]), spec["window"])
-  parameters = byte_text.count(jax.eval_shape(init, jax.random.key(0)))
+  parameters = models.count_params(jax.eval_shape(init, jax.random.key(0)))
   return Task(
     arms={"": lambda: arm},
     conclude=functools.partial(_conclude, config, table),
@@ -78,16 +79,10 @@ def _runs(config, table, methods) -> SweepRuns:
   decoder = byte_text.make_decoder(config["model"])
   init_params = byte_text.initializer(decoder, config["data"]["window"])
 
-  def per_example_loss(params, rows, key):
-    del key  # no dropout
-    tokens = rows["tokens"]
-    logits = decoder.apply(params, tokens[:, :-1])
-    return cross_entropy(logits, tokens[:, 1:]).mean(axis=-1)
-
   def build(cell: dict) -> Step:
     swept = {name: cell[name] for name in config["sweep"]}
     return make_step(
-      per_example_loss,
+      byte_text.cross_entropy_loss(decoder),
       _optimizer(config, swept),
       mixing.select(methods, cell["method"]),
       table,

@@ -51,7 +51,7 @@ def write_mixture_report(
     _group_table(summary),
     *_figure_blocks(records, split, summary),
     report.Heading("What was run"),
-    report.KeyValues(dict(_flat(facts)) or {"steps": summary["steps"]}, "Resolved settings."),
+    report.KeyValues(report.flat_facts(facts) or {"steps": summary["steps"]}, "Resolved settings."),
   ]
   report.write_report(path, description["title"], blocks)
 
@@ -296,12 +296,3 @@ def _prediction_text(summary) -> str:
   }
   known = ", ".join(f"{method} {ratio:.2g}" for method, ratio in ratios.items())
   return f"Median of predicted / observed: {known}." if known else ""
-
-
-def _flat(items: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-  """Nested mappings as (dotted name, value); long lists of numbers stay on one line."""
-  for key, value in items.items():
-    if isinstance(value, Mapping) and value:
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -128,6 +128,21 @@ class KeyValues:
   caption: str
 
 
+def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Items for `KeyValues`: nested mappings by dotted name, a list of values on one line.
+
+  >>> flat_facts({"device": "cpu", "config": {"seeds": [0, 1]}})
+  {'device': 'cpu', 'config.seeds': '0, 1'}
+  """
+  flat = {}
+  for key, value in facts.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flat_facts(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
+  return flat
+
+
 Block = Heading | Text | Callout | Table | Figure | KeyValues
 
 

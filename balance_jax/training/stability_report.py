@@ -41,7 +41,7 @@ def write_stability_report(
     probe_step=description.get("probe_step"),
     hold_back_largest=bool(description.get("hold_back_largest", False)),
   )
-  facts = dict(_flat({k: v for k, v in description.items() if k not in _OWN}))
+  facts = report.flat_facts({k: v for k, v in description.items() if k not in _OWN})
   blocks = [
     report.Text(description.get("summary") or _what_was_run(summary)),
     report.Heading("Verdict"),
@@ -173,12 +173,3 @@ def _left_out(count: int, what: str, unit: str) -> str:
   if count <= figures.MAX_PANELS:
     return ""
   return f" {figures.MAX_PANELS} of {count} {unit} are shown, without the {what}."
-
-
-def _flat(items: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-  """Nested mappings as (dotted name, value); a list stays on one line."""
-  for key, value in items.items():
-    if isinstance(value, Mapping) and value:
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -30,7 +30,7 @@ class Arm:
     evaluate: evaluate(step, state, batches) -> dict of arrays, fields of an evaluation record; the
       same function every time, so that it is compiled once.
     measure: as evaluate, of the training table, every `train.variance_every` steps; or None.
-    train: the step counts, see `experiment.check_schedule`.
+    train: the step counts, see `check_schedule`.
     allow_divergence: whether a loss that is not finite is a result instead of an error.
   """
 
