@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balance_jax import _checks
+from balance_jax.stability import updates
 from balance_jax.stability.attention import AttentionStats
 
 _ROTARY_BASE = 10_000.0
@@ -180,7 +181,7 @@ def _attend(query, key, value, first, *, weigh, soft_cap, with_stats):
   queries, keys = logits.shape[-2:]
   visible = jnp.arange(queries)[:, None] + first >= jnp.arange(keys)[None, :]
   visible = visible[None, None]
-  scores = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+  scores = logits if soft_cap is None else updates.soft_cap(logits, soft_cap)
   weights, log_weights, divisor = weigh(scores, visible)
   mixed = jnp.einsum(
     "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=logits.dtype

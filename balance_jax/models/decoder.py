@@ -21,6 +21,7 @@ from balance_jax.models.attention import (
   rotary,
   rotary_tables,
 )
+from balance_jax.stability.updates import soft_cap
 
 _EPS = 1e-6
 ATTENTION_SCALES = ("mup", "sqrt")
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
       kernel = self.param("head", _kernel_init, (config.width, config.vocab_size), jnp.float32)
     logits = _project(x, kernel, wide)
     cap = config.output_soft_cap
-    return logits if cap is None else (cap * jnp.tanh(logits / cap)).astype(wide)
+    return logits if cap is None else soft_cap(logits, cap)
 
   def _table(self, name: str, rows: int) -> jax.Array:
     width = self.config.width

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from balance_jax import _checks
+from balance_jax.stability import updates
 
 
 class AttentionStats(NamedTuple):
@@ -145,7 +146,7 @@ def _chunk_sums(query, key, visible, soft_cap):
   visible = jnp.broadcast_to(visible, (*visible.shape[:2], *logits.shape[2:]))
   total_abs = jnp.where(visible, jnp.abs(logits), 0.0).sum((-2, -1))
   largest = jnp.where(visible, logits, -jnp.inf).max((-2, -1))
-  scores = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+  scores = logits if soft_cap is None else updates.soft_cap(logits, soft_cap)
   peak = jnp.where(visible, scores, -jnp.inf).max(-1, keepdims=True)
   shifted = jnp.where(visible, scores - peak, 0.0)
   weights = jnp.where(visible, jnp.exp(shifted), 0.0)
