@@ -3,7 +3,7 @@
 from balance_jax.training.batch import Batch, Observed, Share
 from balance_jax.training.mesh import data_mesh, data_parallel, replicate
 from balance_jax.training.run import TrainingDivergedError, run
-from balance_jax.training.state import TrainState, init_state
+from balance_jax.training.state import Carried, Context, TrainState, init_state
 from balance_jax.training.step import METRICS, Step, make_step
 from balance_jax.training.sweep import (
   SweepRuns,
@@ -17,6 +17,8 @@ from balance_jax.training.sweep import (
 
 __all__ = [
   "Batch",
+  "Carried",
+  "Context",
   "METRICS",
   "Observed",
   "Share",

@@ -40,18 +40,24 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observed:
-  """What a loss reports beside its losses: one array (B, ...) for each name, without gradient.
+  """What a loss reports beside its losses, by name and without gradient.
 
   Attributes:
-    means: averaged over the valid examples of the batch.
-    maxima: their maximum over the valid examples.
+    means: arrays (B, ...), averaged over the valid examples of the batch.
+    maxima: arrays (B, ...), their maximum over the valid examples.
+    carried: pytrees of float arrays without a batch axis, already means over the valid examples of
+      the rows the loss was given, for the step's `Carried` rule alone. The parts of a batch are
+      averaged by their number of examples. So report what is linear in the examples, a mean and a
+      mean square instead of a variance, and the parts give what the whole batch gives.
   """
 
   means: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   maxima: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def reduce(self, batch: Batch, count) -> "Observed":
-    """This part's share of the means, and its maxima; every array loses its axis B."""
+    """This part's share of all means, and its maxima; the arrays (B, ...) lose that axis."""
+    own = batch.count()
 
     def where(x):
       return batch.where.reshape((-1,) + (1,) * (x.ndim - 1))
@@ -65,7 +71,20 @@ class Observed:
       x = x.astype(jnp.float32)
       return (x if batch.where is None else jnp.where(where(x), x, -jnp.inf)).max(axis=0)
 
-    return Observed(jax.tree.map(mean, self.means), jax.tree.map(maximum, self.maxima))
+    def share(path, x):
+      x = jnp.asarray(x)
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        name = jax.tree_util.keystr(path)
+        raise ValueError(f"Observed.carried{name} is {x.dtype}; expected a float array, a mean")
+      x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      # The mean of a part without a valid example may be 0 / 0.
+      return jnp.where(own > 0, x * (own / jnp.maximum(count, 1.0)), 0.0)
+
+    return Observed(
+      jax.tree.map(mean, self.means),
+      jax.tree.map(maximum, self.maxima),
+      jax.tree_util.tree_map_with_path(share, self.carried),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -100,8 +119,8 @@ class Share:
     return self._combine(lambda x: jax.lax.psum(x, axis), lambda x: jax.lax.pmax(x, axis))
 
   def _sums(self):
-    return self.loss, self.grads, self.group_loss, self.observed.means
+    return self.loss, self.grads, self.group_loss, self.observed.means, self.observed.carried
 
   def _combine(self, add, maximum) -> "Share":
-    *sums, means = add(self._sums())
-    return Share(*sums, Observed(means, maximum(self.observed.maxima)))
+    *sums, means, carried = add(self._sums())
+    return Share(*sums, Observed(means, maximum(self.observed.maxima), carried))

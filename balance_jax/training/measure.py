@@ -46,10 +46,10 @@ def evaluate(
 
   Args:
     step: gives the loss; it is called with a constant key.
-    state: gives the parameters.
+    state: gives the parameters and, where the step carries state, the loss's `Context`.
     batches: `Batch` with leading axes (batches, B), see `evaluation_batches`.
     per_example_loss: what to evaluate where it is not the loss that is trained, such as a cross
-      entropy without its z term.
+      entropy without its z term, or a network normalised by its running statistics.
 
   Returns:
     `WeightedMean` of (K,).
@@ -58,7 +58,7 @@ def evaluate(
     step = dataclasses.replace(step, per_example_loss=per_example_loss)
 
   def one(batch):
-    losses, _ = step.losses(state.params, batch.rows, jax.random.key(0))
+    losses, _ = step.losses(state, batch.rows, jax.random.key(0), where=batch.where)
     return group_weighted_mean(losses, batch.groups, step.num_groups, where=batch.where)
 
   return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(one, batches))

@@ -43,7 +43,8 @@ def data_parallel(step: Step, how: str = "jit", mesh: jax.sharding.Mesh | None =
   Args:
     step: a `Step` that draws from a table.
     how: "jit" (one global program, the default and the one to build on), "shard_map", or "pmap" for
-      programs that still use it. The last two hand every part of the batch the same loss key.
+      programs that still use it. The last two hand every part of the batch the same loss key, and a
+      loss that normalises by its rows sees those of one part.
     mesh: a mesh with an axis "data"; all devices by default.
 
   Returns:

@@ -23,7 +23,7 @@ from balance_jax.mixing.mixer import MEASURED, OBSERVATIONS
 from balance_jax.mixing.quotas import METHODS as ALLOCATIONS
 from balance_jax.stability.health import tree_rms
 from balance_jax.training.batch import Batch, Observed, Share
-from balance_jax.training.state import TrainState
+from balance_jax.training.state import Carried, Context, TrainState
 
 METRICS = {
   "loss": "float scalar: sum_b w_b loss_b / count, the estimate of the objective",
@@ -44,7 +44,7 @@ _ON_REQUEST = ("grad_rms", "update_rms")
 class Step:
   """A training step; build it with `make_step`. `step(state, batch) -> (state, metrics)`."""
 
-  per_example_loss: Callable[[Any, Any, Any], Any]
+  per_example_loss: Callable[..., Any]
   optimizer: optax.GradientTransformation
   mixer: Mixer
   table: Any
@@ -56,6 +56,7 @@ class Step:
   measure_every: int
   measure_examples: int
   streams: GroupStreams | None
+  carried: Carried | None = None
   constrain: Callable[[Batch], Batch] = lambda batch: batch
 
   def draw(self, state: TrainState, table, part=None) -> tuple[TrainState, Batch]:
@@ -93,39 +94,62 @@ class Step:
     """The contribution of `batch` to a loss averaged over `count` examples in all."""
     _, key, _ = _step_keys(state)
     if self.micro_batches == 1:
-      return self._share(state.params, batch, count, key)
+      return self._share(state, batch, count, key)
     parts = jax.tree.map(lambda x: x.reshape(self.micro_batches, -1, *x.shape[1:]), batch)
 
     def accumulate(total, part):
       index, micro = part
-      share = self._share(state.params, micro, count, jax.random.fold_in(key, index))
+      share = self._share(state, micro, count, jax.random.fold_in(key, index))
       return total.merge(share), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(self._share, state.params, first, count, key)
+    shapes = jax.eval_shape(self._share, state, first, count, key)
     return jax.lax.scan(accumulate, Share.empty(shapes), (jnp.arange(self.micro_batches), parts))[0]
 
-  def losses(self, params, rows, key) -> tuple[jax.Array, Observed]:
-    """(B,) losses of `rows` and what the loss function observed, which may be nothing."""
-    result = self.per_example_loss(params, rows, key)
+  def losses(
+    self, state: TrainState, rows, key, *, params=None, where=None
+  ) -> tuple[jax.Array, Observed]:
+    """The loss function called as in a step that starts from `state`.
+
+    Args:
+      state: gives the parameters and, where the step carries state, the loss's `Context`.
+      rows: pytree of arrays (B, ...).
+      key: passed on to the loss.
+      params: in place of the state's, to differentiate with respect to them.
+      where: bool (B,), False for padding, or None.
+
+    Returns:
+      (float (B,) losses, what the loss function observed, which may be nothing).
+    """
+    args = (state.params if params is None else params, rows, key)
+    if self.carried is not None:
+      args += (Context(state.step, state.carried, where),)
+    result = self.per_example_loss(*args)
     return result if isinstance(result, tuple) else (result, Observed())
 
-  def _share(self, params, batch: Batch, count, key) -> Share:
+  def _share(self, state: TrainState, batch: Batch, count, key) -> Share:
     def objective(params):
-      losses, observed = self.losses(params, batch.rows, key)
+      losses, observed = self.losses(state, batch.rows, key, params=params, where=batch.where)
       _checks.check_shape("the result of per_example_loss", losses, batch.weights.shape)
       num = weighted_mean(losses, batch.weights, batch.where).num
       return num / jnp.maximum(count, 1.0), (losses, observed)
 
-    (loss, (losses, observed)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    (loss, (losses, observed)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     group_loss = None
     if "group_loss" in self.metrics or self.mixer.needs & {"group_loss", "group_count"}:
       group_loss = group_weighted_mean(losses, batch.groups, self.num_groups, where=batch.where)
-    observed = observed.reduce(batch, count) if "observed" in self.metrics else Observed()
-    return Share(loss, grads, group_loss, observed)
+    return Share(loss, grads, group_loss, self._wanted(observed).reduce(batch, count))
+
+  def _wanted(self, observed: Observed) -> Observed:
+    """The part of it that somebody asked for."""
+    if observed.carried and self.carried is None:
+      raise ValueError(
+        f"the loss observes {sorted(observed.carried)} for a rule; give make_step its `carried`"
+      )
+    return observed if "observed" in self.metrics else Observed(carried=observed.carried)
 
   def finish(self, state: TrainState, share: Share, table=None) -> tuple[TrainState, dict]:
-    """Applies the whole gradient, updates the rule and collects the metrics asked for.
+    """Applies the whole gradient, updates the rules and collects the metrics asked for.
 
     Args:
       state: the state whose parameters gave the share.
@@ -142,6 +166,7 @@ class Step:
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
       mixer=self._update_mixer(state, share, table),
+      carried=self._update_carried(state, share),
     )
     return after, self._collect(state, after, share, updates)
 
@@ -163,6 +188,11 @@ class Step:
       "update_rms": lambda: tree_rms(updates),
     }
     return {name: readers[name]() for name in self.metrics}
+
+  def _update_carried(self, state, share):
+    if self.carried is None:
+      return state.carried
+    return self.carried.checked_update(state.carried, share.observed.carried, state.step)
 
   def _update_mixer(self, state, share, table):
     needs = self.mixer.needs
@@ -205,7 +235,7 @@ class Step:
     sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
     indices = jax.random.randint(key, groups.shape, 0, sizes)
     return measure_gradient_moments(
-      lambda *args: self.losses(*args)[0],
+      lambda params, rows, key: self.losses(state, rows, key, params=params)[0],
       state.params,
       table.take(groups, indices),
       groups,
@@ -235,7 +265,7 @@ def _step_keys(state: TrainState):
 
 
 def make_step(
-  per_example_loss: Callable[[Any, Any, Any], Any],
+  per_example_loss: Callable[..., Any],
   optimizer: optax.GradientTransformation,
   mixer: Mixer,
   table=None,
@@ -247,12 +277,15 @@ def make_step(
   micro_batches: int = 1,
   measure_every: int = 50,
   measure_examples: int = 4,
+  carried: Carried | None = None,
 ) -> Step:
   """Builds a training step.
 
   Args:
     per_example_loss: per_example_loss(params, rows, key) -> float (B,), one loss per example; or
-      (losses, `Observed`), where other figures of the same forward pass are wanted as metrics.
+      (losses, `Observed`), where other figures of the same forward pass are wanted. With `carried`
+      it is called (params, rows, key, `Context`). Its rows are a part of the batch where there are
+      micro-batches, and one example where gradient moments are measured.
     optimizer: any optax optimizer.
     mixer: what is optimised and drawn; see `balance_jax.mixing`.
     table: the `GroupTable` that batches are drawn from; None where they come from the host.
@@ -265,6 +298,9 @@ def make_step(
     micro_batches: parts the batch is processed in, one after another; divides batch_size.
     measure_every: steps between measurements of gradient moments, for mixers that need them.
     measure_examples: examples of each group in such a measurement, >= 2.
+    carried: a rule with state for the loss to read, updated after every step with what the loss put
+      into `Observed.carried`, be it running statistics or the weights of its terms; `Carried()` for
+      a loss that only reads the step number.
 
   Returns:
     `Step`: `step(state, batch) -> (state, metrics)`, pure.
@@ -283,6 +319,8 @@ def make_step(
   if batch_size % micro_batches:
     raise ValueError(f"micro_batches is {micro_batches}; it must divide batch_size = {batch_size}")
   _checks.check_choice("allocation", allocation, ALLOCATIONS)
+  if not (carried is None or isinstance(carried, Carried)):
+    raise ValueError(f"carried is {carried!r}; expected a training.Carried or None")
   num_groups = _count_groups(table, num_groups)
   _check_mixer(mixer, num_groups)
   return Step(
@@ -298,6 +336,7 @@ def make_step(
     measure_every=measure_every,
     measure_examples=measure_examples,
     streams=None if table is None else GroupStreams(table.group_sizes),
+    carried=carried,
   )
 
 
