@@ -1,20 +1,40 @@
-"""Data by group: text sources, prepared data sets, byte tokens and the grouped device table."""
+"""Data by group: text and image sources, prepared data sets, the grouped device table, crops."""
 
+from balance_jax.data.augment import augment, random_crop, random_flip
 from balance_jax.data.builder import load_documents
 from balance_jax.data.digests import CorruptedDataError
+from balance_jax.data.image_sources import IMAGE_SOURCES
+from balance_jax.data.images import (
+  ImageData,
+  image_table,
+  imbalanced_counts,
+  load_images,
+  take_classes,
+  to_float,
+)
 from balance_jax.data.sources import SOURCES, DatasetNotInstalledError
 from balance_jax.data.table import GroupTable, group_table
 from balance_jax.data.text import END_OF_DOCUMENT, VOCAB_SIZE, decode, encode
 
 __all__ = [
   "END_OF_DOCUMENT",
+  "IMAGE_SOURCES",
   "SOURCES",
   "VOCAB_SIZE",
   "CorruptedDataError",
   "DatasetNotInstalledError",
   "GroupTable",
+  "ImageData",
+  "augment",
   "decode",
   "encode",
   "group_table",
+  "image_table",
+  "imbalanced_counts",
   "load_documents",
+  "load_images",
+  "random_crop",
+  "random_flip",
+  "take_classes",
+  "to_float",
 ]
