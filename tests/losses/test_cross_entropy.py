@@ -28,7 +28,7 @@ def test_by_hand():
   np.testing.assert_allclose(aux["log_normalizer"], [2.0, 0.0], atol=1e-6)
   np.testing.assert_allclose(aux["z_loss"], [2.0, 0.0], atol=1e-6)
   np.testing.assert_allclose(loss, -np.log([0.5, 0.6]) + [2.0, 0.0], rtol=1e-5)
-  assert set(LOSSES) == {"cross_entropy", "cross_entropy_with_z_loss"}
+  assert {"cross_entropy", "cross_entropy_with_z_loss"} <= set(LOSSES)
 
 
 @pytest.mark.parametrize(
