@@ -14,7 +14,18 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-__all__ = ["data", "gradients", "losses", "mixing", "models", "stability", "training"]
+__all__ = [
+  "bounds",
+  "data",
+  "distillation",
+  "gradients",
+  "losses",
+  "mixing",
+  "models",
+  "robust",
+  "stability",
+  "training",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

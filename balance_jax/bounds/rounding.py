@@ -1,0 +1,67 @@
+"""Outward rounding: bounds that hold for what the computer computes, not only for real numbers.
+
+A sum of n products in a floating-point format with unit roundoff u is off by at most
+gamma_n = n u / (1 - n u) times the sum of the absolute products, in any order of summation (Higham,
+Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). Bounds are moved outwards by
+that much; both the bounds' own rounding and that of the network they speak about are covered.
+"""
+
+import jax.numpy as jnp
+
+from balance_jax.bounds.interval import Interval
+
+# Units in the last place that exp, tanh and their like may be off on any backend.
+FUNCTION_ULPS = 16
+
+
+def unit(dtype) -> float:
+  """Unit roundoff u."""
+  return float(jnp.finfo(dtype).eps) / 2
+
+
+def gamma(terms: int, dtype) -> float:
+  """gamma_n for n `terms`; infinite where n u >= 1."""
+  product = terms * unit(dtype)
+  return product / (1 - product) if product < 1 else float("inf")
+
+
+def magnitude(interval: Interval):
+  """The largest absolute value in the box, entry by entry."""
+  return jnp.maximum(jnp.abs(interval.lower), jnp.abs(interval.upper))
+
+
+def inflate(error, operations: int):
+  """An error bound made a little larger, for its own rounding."""
+  tiny = jnp.finfo(error.dtype).tiny
+  return error * (1 + 2 * gamma(operations + 64, error.dtype)) + tiny
+
+
+def down(value, operations: int = 1):
+  """Below `value`, the result of that many additions."""
+  return value - inflate(gamma(operations + 4, value.dtype) * jnp.abs(value), operations)
+
+
+def widen(interval: Interval, error) -> Interval:
+  """The interval with both ends moved outwards by `error` and by the rounding of doing so."""
+  error = inflate(error, 1) + 2 * unit(interval.dtype) * magnitude(interval)
+  return Interval(interval.lower - error, interval.upper + error)
+
+
+def widen_function(interval: Interval) -> Interval:
+  """As `widen`, for the values of an elementary function."""
+  return widen(interval, FUNCTION_ULPS * 2 * unit(interval.dtype) * magnitude(interval))
+
+
+def widen_lines(lines, interval: Interval, result: Interval):
+  """Lines moved apart by the rounding of their own coefficients."""
+  dtype = interval.dtype
+  reach, value = magnitude(interval), magnitude(result)
+
+  def error(slope, offset):
+    size = jnp.abs(slope) * reach + jnp.abs(offset) + value
+    return inflate(2 * FUNCTION_ULPS * unit(dtype) * size, 8)
+
+  return lines._replace(
+    lower_offset=lines.lower_offset - error(lines.lower_slope, lines.lower_offset),
+    upper_offset=lines.upper_offset + error(lines.upper_slope, lines.upper_offset),
+  )
