@@ -1,0 +1,125 @@
+"""TAPS: bounds through the first layers, an attack through the rest.
+
+IBP carries the box to a hidden layer; there, for every other class, the margin is attacked inside
+the latent box. The gradient of the attacked point is given to the ends of that box by a rectified
+line, so that both halves are trained together. STAPS is TAPS on the small box of `sabr_box`.
+
+Source: Mao et al., "Connecting Certified and Adversarial Training", NeurIPS 2023 (arXiv
+2305.04574), sections 3.1 to 3.3.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from balance_jax import _checks
+from balance_jax.bounds import Interval, ibp
+from balance_jax.robust.attacks import step_sizes
+from balance_jax.robust.margin_bounds import bound_margins
+from balance_jax.robust.margins import margin_cross_entropy, margin_matrix
+
+
+class TapsLoss(NamedTuple):
+  """Losses float (B,), the product; IBP margins (B, K - 1), the only bounds among these; preacts,
+  the `Interval` of every ReLU's input; attacked margins (B, K - 1)."""
+
+  losses: jax.Array
+  margins: jax.Array
+  preacts: list[Interval]
+  attacked_margins: jax.Array
+
+
+def taps_loss(
+  prefix_fn: Callable,
+  suffix_fn: Callable,
+  key,
+  box: Interval,
+  labels,
+  *,
+  steps: int = 8,
+  step_size=None,
+  weight=1.0,
+) -> TapsLoss:
+  """Cross entropy of attacked latent margins times that of IBP's margins.
+
+  Args:
+    prefix_fn: x (B, ...) -> latent (B, ...), bounded by IBP.
+    suffix_fn: latent (B, ...) -> logits (B, K), attacked.
+    key: of the random starts.
+    box: `Interval` (B, ...).
+    labels: int (B,), each in [0, K).
+    steps: of the latent attack, >= 1.
+    step_size: relative to the half-width; see `pgd`.
+    weight: factor on the gradient of the attacked half, > 0; the value does not change.
+
+  Returns:
+    `TapsLoss`.
+  """
+  _checks.check_number("weight", weight, low=0.0, open_low=True)
+  whole = bound_margins(lambda x: suffix_fn(prefix_fn(x)), box, labels)
+  latent = ibp(prefix_fn)(box)
+  points = _attack(suffix_fn, key, latent, labels, step_sizes(steps, step_size))
+  rows = margin_matrix(labels, whole.lower.shape[-1] + 1)
+
+  def margin(point, row):
+    return jnp.einsum("bk,bk->b", suffix_fn(connect(point, latent)), row)
+
+  attacked = jax.vmap(margin, in_axes=(0, 1), out_axes=1)(points, rows)
+  losses = margin_cross_entropy(attacked)
+  held = jax.lax.stop_gradient(losses)
+  losses = held + weight * (losses - held)
+  product = losses * margin_cross_entropy(whole.lower)
+  return TapsLoss(product, whole.lower, whole.preacts, attacked)
+
+
+def connect(point, box: Interval) -> jax.Array:
+  """`point`, whose gradient goes to the ends of the box: the nearer an end, the more of it.
+
+  With s half the width, d point / d upper = clip((point - (upper - s)) / s, 0, 1), and likewise for
+  the lower end.
+
+  Args:
+    point: float (...), in the box.
+    box: `Interval` (...).
+
+  Returns:
+    The values of `point`.
+  """
+  point, low, high = map(jax.lax.stop_gradient, (point, box.lower, box.upper))
+  half = 0.5 * (high - low)
+  narrow = half <= 0
+  safe = jnp.where(narrow, 1.0, half)
+  up = jnp.where(narrow, 0.5, jnp.clip((point - (high - half)) / safe, 0, 1))
+  down = jnp.where(narrow, 0.5, jnp.clip((low + half - point) / safe, 0, 1))
+  return point + up * (box.upper - high) + down * (box.lower - low)
+
+
+def _attack(suffix_fn, key, box: Interval, labels, rates):
+  """(K - 1, B, ...): for every other class the latent point of least margin that was found."""
+  low, high = map(jax.lax.stop_gradient, (box.lower, box.upper))
+  half = 0.5 * (high - low)
+  num_classes = jax.eval_shape(suffix_fn, low).shape[-1]
+  rows = jnp.moveaxis(margin_matrix(labels, num_classes), 1, 0)
+
+  def descend(key, row):
+    def margin(x):
+      values = jnp.einsum("bk,bk->b", suffix_fn(x), row)
+      return values.sum(), values
+
+    def move(carry, rate):
+      x, best, least = carry
+      (_, values), grad = jax.value_and_grad(margin, has_aux=True)(x)
+      better = (values < least).reshape(-1, *(1,) * (x.ndim - 1))
+      best, least = jnp.where(better, x, best), jnp.minimum(values, least)
+      return (jnp.clip(x - rate * half * jnp.sign(grad), low, high), best, least), None
+
+    start = low + jax.random.uniform(key, low.shape, low.dtype) * (high - low)
+    worst = jnp.full(low.shape[:1], jnp.inf, low.dtype)
+    (x, best, least), _ = jax.lax.scan(move, (start, start, worst), rates)
+    better = (margin(x)[1] < least).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(better, x, best)
+
+  points = jax.vmap(descend)(jax.random.split(key, num_classes - 1), rows)
+  return jax.lax.stop_gradient(points)
