@@ -47,6 +47,53 @@ def conv2d(
   return convolve(x, kernel, strides, padding, groups, precision)
 
 
+def conv2d_transpose(
+  rows: jax.Array,
+  kernel: jax.Array,
+  shape: tuple[int, ...],
+  *,
+  strides: tuple[int, int] = (1, 1),
+  padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+  groups: int = 1,
+  precision=None,
+) -> jax.Array:
+  """The transpose of `conv2d` as a linear map of images, its gradients written for CPUs as well.
+
+  Args:
+    rows: float (B, H', W', F), of the shape of the map's results.
+    kernel: as in `conv2d`.
+    shape: (B, H, W, C), of the images.
+    strides: as in `conv2d`, and so are the others.
+
+  Returns:
+    float `shape`.
+  """
+  transpose = _conv2d_transpose if jax.default_backend() == "cpu" else _transposed
+  return transpose(rows, kernel, shape, strides, padding, groups, precision)
+
+
+def _transposed(rows, kernel, shape, *options):
+  return _input_gradient(shape, kernel, rows, *options)
+
+
+_conv2d_transpose = jax.custom_vjp(_transposed, nondiff_argnums=(2, 3, 4, 5, 6))
+
+
+def _transpose_forward(rows, kernel, *options):
+  return _transposed(rows, kernel, *options), (rows, kernel)
+
+
+def _transpose_backward(shape, strides, padding, groups, precision, residuals, cotangent):
+  del shape
+  rows, kernel = residuals
+  options = (strides, padding, groups, precision)
+  kernel_gradient = _kernel_gradient(cotangent, kernel.shape, rows, *options)
+  return _value(cotangent, kernel, *options), kernel_gradient
+
+
+_conv2d_transpose.defvjp(_transpose_forward, _transpose_backward)
+
+
 def _value(x, kernel, strides, padding, groups, precision):
   return jax.lax.conv_general_dilated(
     x,

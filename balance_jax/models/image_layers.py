@@ -18,6 +18,7 @@ from balance_jax.robust.initialization import fan_in_uniform, ibp_normal
 
 BATCH_NORMS = ("all", "conv", "none")
 HOW = ("auto", "lax")
+PARTS = ("all", "prefix", "suffix")
 INITIALIZATIONS = {"default": lambda scale: fan_in_uniform(), "ibp": ibp_normal}
 
 
@@ -89,7 +90,8 @@ class ImageNetwork(nn.Module):
   Called with x, float (B, H, W, C), pixels in [0, 1], and train; returns logits, float (B, K).
   Every layer but the last is followed by batch normalisation and ReLU. Training mode normalises by
   the batch and updates "batch_stats" (make it mutable); inference mode by "batch_stats". A subclass
-  defines `trunk`.
+  defines `trunk`. With part="prefix" the feature maps of the trunk are returned, and part="suffix"
+  takes those in place of x: the two halves of the network.
 
   Attributes:
     num_classes: K, >= 1.
@@ -118,11 +120,15 @@ class ImageNetwork(nn.Module):
   ends_in_sum: ClassVar[bool] = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool = False, part: str = "all") -> jax.Array:
     _checks.check_choice("batch_norm", self.batch_norm, BATCH_NORMS)
     _checks.check_choice("initialization", self.initialization, INITIALIZATIONS)
+    _checks.check_choice("part", part, PARTS)
     _checks.check_shape("x", x, (None, None, None, None))
-    x = self.trunk(normalize_pixels(x, self.mean, self.std), train)
+    if part != "suffix":
+      x = self.trunk(normalize_pixels(x, self.mean, self.std), train)
+    if part == "prefix":
+      return x
     x = dense_layer(x.reshape(len(x), -1), self.dense, "dense", self.kernel_init(self.ends_in_sum))
     x = norm_layer(x, "dense_norm", train) if self.batch_norm == "all" else x
     return dense_layer(nn.relu(x), self.num_classes, "head")
