@@ -2,16 +2,38 @@
 
 XLA's CPU compiler turns a convolution into its fast kernel only if images are NHWC and kernels
 HWIO. Outside of loops a compiler pass brings others into that form; inside `lax.scan` it does not
-run, and the gradients, which JAX writes in transposed forms, take 20 to 70 times as long. Here they
-are written in the fast form, the transposes spelled out.
+run, and the gradients, which JAX writes in transposed forms, take 20 to 70 times as long.
+
+So a convolution is three bilinear maps here, each the transpose of the others and each written in
+the fast form: of images and kernel, of rows (what the results of the first are like) and kernel,
+and of images and rows. They are JAX primitives of their own, so that all derivatives, transposes
+and batches of them are such maps again.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+class _Geometry(NamedTuple):
+  """What does not depend on sizes; hashable, a parameter of the primitives."""
+
+  strides: tuple[int, int]
+  padding: tuple[tuple[int, int], tuple[int, int]]
+  groups: int
+  precision: object
+
+
+# Keyword arguments of `conv2d`.
+CONV2D_OPTIONS = _Geometry._fields
 
 
 def conv2d(
@@ -25,8 +47,7 @@ def conv2d(
 ) -> jax.Array:
   """`lax.conv_general_dilated` of NHWC images and HWIO kernels, with gradients written for CPUs.
 
-  Where the default backend is no CPU, it is that function. On CPUs it has reverse-mode derivatives
-  only, of any order; a forward-mode derivative raises TypeError unless both tangents are zero.
+  Where the default backend is no CPU, it is that function.
 
   Args:
     x: float (B, H, W, C).
@@ -43,125 +64,163 @@ def conv2d(
   >>> conv2d(x, jnp.ones((2, 2, 1, 1)), padding=((0, 1), (0, 0))).ravel().tolist()
   [6.0, 5.0]
   """
-  convolve = _conv2d if jax.default_backend() == "cpu" else _value
-  return convolve(x, kernel, strides, padding, groups, precision)
+  geometry = _geometry(strides, padding, groups, precision)
+  return _call(_images_p, _images, x, kernel, geometry=geometry)
 
 
 def conv2d_transpose(
   rows: jax.Array,
   kernel: jax.Array,
-  shape: tuple[int, ...],
+  size: tuple[int, int],
   *,
   strides: tuple[int, int] = (1, 1),
   padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
   groups: int = 1,
   precision=None,
 ) -> jax.Array:
-  """The transpose of `conv2d` as a linear map of images, its gradients written for CPUs as well.
+  """The transpose of `conv2d` as a linear map of images.
 
   Args:
-    rows: float (B, H', W', F), of the shape of the map's results.
+    rows: float (B, H', W', F), of the shape of that map's results.
     kernel: as in `conv2d`.
-    shape: (B, H, W, C), of the images.
+    size: (H, W) of its images.
     strides: as in `conv2d`, and so are the others.
 
   Returns:
-    float `shape`.
+    (B, H, W, C), dtype of rows.
   """
-  transpose = _conv2d_transpose if jax.default_backend() == "cpu" else _transposed
-  return transpose(rows, kernel, shape, strides, padding, groups, precision)
+  geometry = _geometry(strides, padding, groups, precision)
+  return _call(_rows_p, _rows, rows, kernel, size=tuple(size), geometry=geometry)
 
 
-def _transposed(rows, kernel, shape, *options):
-  return _input_gradient(shape, kernel, rows, *options)
+def _geometry(strides, padding, groups, precision) -> _Geometry:
+  return _Geometry(tuple(strides), tuple(map(tuple, padding)), groups, precision)
 
 
-_conv2d_transpose = jax.custom_vjp(_transposed, nondiff_argnums=(2, 3, 4, 5, 6))
+def _call(primitive: Primitive, function: Callable, first, second, **params):
+  """The primitive on CPUs, elsewhere what it stands for. So too inside of `shard_map` and `pmap`,
+  where JAX follows for its own operations only what varies over the devices."""
+  if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().manual_axes:
+    return function(first, second, **params)
+  return primitive.bind(jnp.asarray(first), jnp.asarray(second), **params)
 
 
-def _transpose_forward(rows, kernel, *options):
-  return _transposed(rows, kernel, *options), (rows, kernel)
+def _convolve(x, kernel, geometry: _Geometry, **changes):
+  """`lax.conv_general_dilated` in the fast form."""
+  options = {
+    "window_strides": geometry.strides,
+    "padding": geometry.padding,
+    "feature_group_count": geometry.groups,
+    "precision": geometry.precision,
+  }
+  return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=_NUMBERS, **options | changes)
 
 
-def _transpose_backward(shape, strides, padding, groups, precision, residuals, cotangent):
-  del shape
-  rows, kernel = residuals
-  options = (strides, padding, groups, precision)
-  kernel_gradient = _kernel_gradient(cotangent, kernel.shape, rows, *options)
-  return _value(cotangent, kernel, *options), kernel_gradient
+def _images(x, kernel, *, geometry):
+  return _convolve(x, kernel, geometry)
 
 
-_conv2d_transpose.defvjp(_transpose_forward, _transpose_backward)
-
-
-def _value(x, kernel, strides, padding, groups, precision):
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    strides,
-    padding,
-    dimension_numbers=_NUMBERS,
-    feature_group_count=groups,
-    precision=precision,
-  )
-
-
-_conv2d = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5))
-
-
-def _forward(x, kernel, *options):
-  return _value(x, kernel, *options), (x, kernel)
-
-
-def _backward(strides, padding, groups, precision, residuals, cotangent):
-  x, kernel = residuals
-  options = (cotangent, strides, padding, groups, precision)
-  return _input_gradient(x.shape, kernel, *options), _kernel_gradient(x, kernel.shape, *options)
-
-
-_conv2d.defvjp(_forward, _backward)
-
-
-def _input_gradient(shape, kernel, cotangent, strides, padding, groups, precision):
-  """Convolution of the cotangent, zeros between its entries, with the kernel turned around."""
+def _rows(rows, kernel, *, size, geometry):
+  """Convolution of the rows, zeros between their entries, with the kernel turned around."""
   height, width, channels, features = kernel.shape
-  turned = jnp.flip(kernel, (0, 1)).reshape(height, width, channels, groups, features // groups)
-  turned = turned.transpose(0, 1, 4, 3, 2).reshape(height, width, features // groups, -1)
+  turned = jnp.flip(kernel, (0, 1))
+  turned = turned.reshape(height, width, channels, geometry.groups, features // geometry.groups)
+  turned = turned.transpose(0, 1, 4, 3, 2).reshape(height, width, features // geometry.groups, -1)
   pads = []
   for axis in (0, 1):
-    before = kernel.shape[axis] - 1 - padding[axis][0]
-    spread = (cotangent.shape[1 + axis] - 1) * strides[axis] + 1
-    pads.append((before, shape[1 + axis] + kernel.shape[axis] - 1 - spread - before))
-  return jax.lax.conv_general_dilated(
-    cotangent,
-    turned,
-    (1, 1),
-    pads,
-    lhs_dilation=strides,
-    dimension_numbers=_NUMBERS,
-    feature_group_count=groups,
-    precision=precision,
-  )
+    before = kernel.shape[axis] - 1 - geometry.padding[axis][0]
+    spread = (rows.shape[1 + axis] - 1) * geometry.strides[axis] + 1
+    pads.append((before, size[axis] + kernel.shape[axis] - 1 - spread - before))
+  changes = {"window_strides": (1, 1), "padding": pads, "lhs_dilation": geometry.strides}
+  return _convolve(rows, turned, geometry, **changes)
 
 
-def _kernel_gradient(x, shape, cotangent, strides, padding, groups, precision):
-  """Convolution of the input with the cotangent, examples in the place of channels."""
+def _kernels(x, rows, *, window, geometry):
+  """Convolution of the images with the rows, examples in the place of channels."""
   pads = []
   for axis in (0, 1):
     # Rows and columns that the window reaches; strides may leave some out at the end.
-    before, size = padding[axis][0], x.shape[1 + axis]
-    reached = (cotangent.shape[1 + axis] - 1) * strides[axis] + shape[axis] - before
+    before, size = geometry.padding[axis][0], x.shape[1 + axis]
+    reached = (rows.shape[1 + axis] - 1) * geometry.strides[axis] + window[axis] - before
     x = jax.lax.slice_in_dim(x, 0, min(size, reached), axis=1 + axis)
     pads.append((before, max(0, reached - size)))
-  gradient = functools.partial(
-    jax.lax.conv_general_dilated,
-    window_strides=(1, 1),
-    padding=pads,
-    rhs_dilation=strides,
-    dimension_numbers=_NUMBERS,
-    precision=precision,
-  )
-  images = jnp.split(x.transpose(3, 1, 2, 0), groups, axis=0)
-  windows = jnp.split(cotangent.transpose(1, 2, 0, 3), groups, axis=3)
-  parts = [gradient(*pair) for pair in zip(images, windows, strict=True)]
+  changes = {
+    "window_strides": (1, 1),
+    "padding": pads,
+    "rhs_dilation": geometry.strides,
+    "feature_group_count": 1,
+  }
+  images = jnp.split(x.transpose(3, 1, 2, 0), geometry.groups, axis=0)
+  windows = jnp.split(rows.transpose(1, 2, 0, 3), geometry.groups, axis=3)
+  parts = [_convolve(*pair, geometry, **changes) for pair in zip(images, windows, strict=True)]
   return jnp.concatenate(parts, axis=3).transpose(1, 2, 0, 3)
+
+
+def _primitive(name: str, function: Callable, *, merges: bool) -> Primitive:
+  """A primitive that does what `function` does.
+
+  Args:
+    name: as it shows in jaxprs.
+    function: of two arrays and static parameters.
+    merges: whether several first operands for one second are one larger batch.
+  """
+  primitive = Primitive(name)
+  statics = tuple(inspect.signature(function).parameters)[2:]
+  primitive.def_impl(jax.jit(function, static_argnames=statics))
+
+  def shape_of(first, second, **params):
+    out = jax.eval_shape(functools.partial(function, **params), *map(_struct, (first, second)))
+    return jax.core.ShapedArray(out.shape, out.dtype)
+
+  primitive.def_abstract_eval(shape_of)
+  mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+
+  def batch(operands, axes, **params):
+    if not merges or axes[1] is not None:
+      return jax.vmap(functools.partial(function, **params), in_axes=tuple(axes))(*operands), 0
+    stacked = jnp.moveaxis(operands[0], axes[0], 0)
+    merged = stacked.reshape(-1, *stacked.shape[2:])
+    out = primitive.bind(merged, operands[1], **params)
+    return out.reshape(*stacked.shape[:2], *out.shape[1:]), 0
+
+  batching.primitive_batchers[primitive] = batch
+  return primitive
+
+
+def _struct(array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+_images_p = _primitive("conv2d", _images, merges=True)
+_rows_p = _primitive("conv2d_rows", _rows, merges=True)
+_kernels_p = _primitive("conv2d_kernels", _kernels, merges=False)
+
+
+def _to_images(rows, kernel, image, geometry):
+  return _rows_p.bind(rows, kernel, size=image.shape[1:3], geometry=geometry)
+
+
+def _to_kernel(image, rows, kernel, geometry):
+  return _kernels_p.bind(image, rows, window=kernel.shape[:2], geometry=geometry)
+
+
+def _to_rows(image, kernel, geometry):
+  return _images_p.bind(image, kernel, geometry=geometry)
+
+
+# The unknown operand of a transpose rule has an aval and no value.
+ad.defbilinear(
+  _images_p,
+  lambda ct, x, kernel, *, geometry: _to_images(ct, kernel, x.aval, geometry),
+  lambda ct, x, kernel, *, geometry: _to_kernel(x, ct, kernel.aval, geometry),
+)
+ad.defbilinear(
+  _rows_p,
+  lambda ct, rows, kernel, *, size, geometry: _to_rows(ct, kernel, geometry),
+  lambda ct, rows, kernel, *, size, geometry: _to_kernel(ct, rows, kernel.aval, geometry),
+)
+ad.defbilinear(
+  _kernels_p,
+  lambda ct, x, rows, *, window, geometry: _to_images(rows, ct, x.aval, geometry),
+  lambda ct, x, rows, *, window, geometry: _to_rows(x, ct, geometry),
+)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balance_jax._convolution import conv2d
+from balance_jax._convolution import conv2d, conv2d_transpose
 
 CASES = {
   "3x3": {"kernel": (3, 3, 2, 4), "padding": ((1, 1), (1, 1))},
@@ -92,11 +92,67 @@ def test_convolutions_in_a_loop_have_the_fast_form():
   assert labels_in_loop(reference) != {"b01f_01io->b01f"}
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends use XLA's function")
-def test_forward_mode_raises_unless_tangents_are_zero():
+def test_transpose_and_its_gradients_equal_those_of_xla():
+  case = CASES["stride 2, grouped"]
+  options = {name: value for name, value in case.items() if name != "kernel"}
+  x, kernel = arrays(case["kernel"])
+  rows = jnp.sin(reference(x, kernel, **options))
+
+  def found(rows, kernel):
+    return jnp.vdot(jnp.cos(x), conv2d_transpose(rows, kernel, x.shape[1:3], **options))
+
+  def expected(rows, kernel):
+    return jnp.vdot(reference(jnp.cos(x), kernel, **options), rows)
+
+  for a, b in zip(
+    *(jax.jit(jax.value_and_grad(f, (0, 1)))(rows, kernel) for f in (found, expected)), strict=True
+  ):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_and_linear_transpose():
   x, kernel = arrays((3, 3, 2, 4))
-  with pytest.raises(TypeError, match="forward-mode"):
-    jax.jvp(lambda x: conv2d(x, kernel), (x,), (x,))
-  scale = jnp.ones(())
-  _, slope = jax.jvp(lambda c: (c, conv2d(x, kernel))[0], (scale,), (scale,))
-  assert slope == 1
+  tangents = jnp.cos(x), jnp.sin(kernel)
+  found, expected = (jax.jvp(f, (x, kernel), tangents)[1] for f in (conv2d, reference))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  rows = jnp.ones_like(expected)
+  found, expected = (
+    jax.linear_transpose(lambda v, f=f: f(v, kernel), x)(rows)[0] for f in (conv2d, reference)
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_mapped_examples_is_that_of_the_batch():
+  """The kernel's gradient is one convolution over all examples, not one for each."""
+  x, kernel = arrays((3, 3, 2, 4))
+
+  def mapped(kernel):
+    each = jax.vmap(lambda image: jnp.sin(conv2d(image[None], kernel)[0]))
+    return each(x).sum()
+
+  program = jax.jit(jax.grad(mapped))
+  text = str(jax.make_jaxpr(jax.grad(mapped))(kernel))
+  # With an axis of examples in its result it would be one for each, summed afterwards.
+  assert re.findall(r":f32\[([\d,]+)\] = conv2d_kernels", text) == ["3,3,2,4"]
+  expected = jax.grad(lambda k: jnp.sin(reference(x, k)).sum())(kernel)
+  np.testing.assert_allclose(program(kernel), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("varies", ["both", "images"])
+def test_gradient_inside_of_shard_map(varies):
+  """A kernel that all devices share gets the sum of their gradients."""
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, kernel = arrays((3, 3, 2, 4))
+  x = jnp.concatenate([x, x[:1]])
+  split, same = jax.P("data"), jax.P()
+
+  def local(x, kernel):
+    if varies == "both":
+      kernel = jax.lax.pcast(kernel, "data", to="varying")
+    grad = jax.grad(lambda k: jnp.sin(conv2d(x, k)).sum())(kernel)
+    return jax.lax.psum(grad, "data") if varies == "both" else grad
+
+  total = jax.shard_map(local, mesh=mesh, in_specs=(split, same), out_specs=same)
+  expected = jax.grad(lambda k: jnp.sin(reference(x, k)).sum())(kernel)
+  np.testing.assert_allclose(jax.jit(total)(x, kernel), expected, rtol=1e-4, atol=1e-4)

@@ -32,6 +32,8 @@ def affine(
   magnitude: Callable | None = None,
   interval: Interval | None = None,
   terms: int = 0,
+  pulled: int | None = None,
+  transpose: Callable | None = None,
 ) -> Node:
   """Adds y = call(*operands), affine in the bounded operands together.
 
@@ -45,10 +47,13 @@ def affine(
     magnitude: call with absolute coefficients; needed where a sign is not known.
     interval: of the result, where the caller knows it.
     terms: see `Affine`.
+    pulled: see `Affine`; None for `terms`.
+    transpose: see `Affine`.
   """
   bounded = [i for i, value in enumerate(operands) if is_node(value)]
   nodes = [operands[i] for i in bounded]
   positions = range(len(operands)) if positions is ALL else positions
+  pulled = terms if pulled is None else pulled
   fixed = [i for i in positions if i not in bounded]
 
   def fill(values, exact):
@@ -85,8 +90,10 @@ def affine(
   if tape.options.directed and terms:
     reach = absolute(*(rounding.magnitude(node.interval) for node in nodes))
     reach = reach if offset is None else reach + jnp.abs(offset)
-    interval = rounding.widen(interval, rounding.gamma(terms + 4, reach.dtype) * reach)
-  return tape.node(interval, Affine(tape, nodes, apply, absolute, offset, terms))
+    coarse = max((reach.dtype, *(n.dtype for n in nodes)), key=lambda d: jnp.finfo(d).eps)
+    interval = rounding.widen(interval, 2 * rounding.gamma(terms + 4, coarse) * reach)
+  origin = Affine(tape, nodes, apply, absolute, offset, terms, pulled, transpose)
+  return tape.node(interval, origin)
 
 
 def _unsigned(call, signs):
@@ -101,28 +108,45 @@ def moving(*positions: int) -> Callable:
 
   def rule(tape, params, operands, call):
     del params
+    if positions and any(is_node(v) for i, v in enumerate(operands) if i not in positions):
+      return NotImplemented  # where things are taken from would itself be open
     return affine(tape, operands, call, positions=positions or ALL)
 
   return rule
 
 
-def summing(count: Callable) -> Callable:
-  """Rule of sums; count(params, shape) gives the number of terms."""
+def copying(*positions: int) -> Callable:
+  """As `moving`, where one entry may be copied many times; the copies add up when pulled back."""
+
+  def rule(tape, params, operands, call):
+    del params
+    if any(is_node(v) for i, v in enumerate(operands) if i not in positions):
+      return NotImplemented
+    out = jax.eval_shape(call, *(v.interval.lower if is_node(v) else v for v in operands))
+    smallest = min(math.prod(operands[i].shape) for i in positions if is_node(operands[i]))
+    copies = out.size if len(operands) > 1 else out.size // max(1, smallest)
+    return affine(tape, operands, call, positions=positions, pulled=copies if copies > 1 else 0)
+
+  return rule
+
+
+def summing(count: Callable, *, overlap: bool = True) -> Callable:
+  """Rule of sums; count(params, shape) gives the number of terms, some in several if `overlap`."""
 
   def rule(tape, params, operands, call):
     (node,) = operands
-    return affine(tape, operands, call, terms=count(params, node.shape))
+    terms = count(params, node.shape)
+    return affine(tape, operands, call, terms=terms, pulled=terms if overlap else 0)
 
   return rule
 
 
 def add(tape, params, operands, call):
-  return affine(tape, operands, call, terms=2 + _spread(operands))
+  return affine(tape, operands, call, terms=1, pulled=spread(operands))
 
 
 def sub(tape, params, operands, call):
-  node = affine(tape, operands, call, signs=(1, -1), terms=2 + _spread(operands))
-  return node
+  return affine(tape, operands, call, signs=(1, -1), terms=1, pulled=spread(operands))
 
 
 def neg(tape, params, operands, call):
@@ -143,49 +167,74 @@ def scale(tape, operands, call):
     positions=(),
     magnitude=lambda *values: jnp.abs(call(*map(jnp.abs, values))),
     interval=interval,
-    terms=1 + _spread(operands),
+    terms=1,
+    pulled=1 + spread(operands),
   )
 
 
-def matrix_product(tape, operands, call, terms: int):
-  """A product with an exact matrix or kernel, or an exact array with a bounded one."""
+def matrix_product(tape, operands, call, terms: tuple[int, int, int], transpose=None):
+  """A product with an exact matrix or kernel, or an exact array with a bounded one.
+
+  `terms` are the products in an entry of the result, and of the first and of the second operand
+  when rows are pulled back.
+  """
 
   def magnitude(*values):
     return call(*map(jnp.abs, values))
 
-  return affine(tape, operands, call, positions=(), magnitude=magnitude, terms=terms)
+  first = is_node(operands[0])
+  return affine(
+    tape,
+    operands,
+    call,
+    positions=(),
+    magnitude=magnitude,
+    terms=terms[0],
+    pulled=terms[1] if first else terms[2],
+    transpose=transpose,
+  )
 
 
-def dot_terms(params, left, right) -> int:
-  """Products in one entry of a dot_general, or of what is pulled back through it."""
-  (contract, _), (batch, _) = params["dimension_numbers"]
+def dot_terms(params, left, right) -> tuple[int, int, int]:
+  """Products in one entry of a dot_general, and of what is pulled back to its operands."""
+  (contract, contract_right), (batch, batch_right) = params["dimension_numbers"]
   inner = math.prod(left[i] for i in contract)
-  outer = math.prod(left) // max(1, inner * math.prod(left[i] for i in batch))
-  (_, contract_right), (_, batch_right) = params["dimension_numbers"]
+  rows = math.prod(left) // max(1, inner * math.prod(left[i] for i in batch))
   other = math.prod(right[i] for i in (*contract_right, *batch_right))
-  return max(inner, outer, math.prod(right) // max(1, other))
+  return inner, math.prod(right) // max(1, other), rows
 
 
-def conv_terms(params, left, right) -> int:
-  """As `dot_terms`, for a convolution: at most all of one kernel's entries in either direction."""
-  out_channels = right[params["dimension_numbers"].rhs_spec[0]]
-  in_channels = right[params["dimension_numbers"].rhs_spec[1]]
+def conv_terms(params, left, right, out) -> tuple[int, int, int]:
+  """As `dot_terms`, for a convolution: at most all of one kernel's entries, or all places."""
+  numbers = params["dimension_numbers"]
+  out_channels, in_channels = (right[i] for i in numbers.rhs_spec[:2])
   window = math.prod(right) // max(1, out_channels * in_channels)
-  return window * max(in_channels, out_channels)
+  places = math.prod(out) // max(1, out_channels)
+  return window * in_channels, window * out_channels, places
 
 
-def broadcast(tape, params, operands, call):
-  """Copies, which add up when they are pulled back."""
+def scatter(tape, params, operands, call):
+  """Entries set, or added to, at exact places."""
   del params
-  (node,) = operands
-  out = jax.eval_shape(call, node.interval.lower)
-  copies = out.size // max(1, math.prod(node.shape))
-  return affine(tape, operands, call, terms=copies if copies > 1 else 0)
+  target, places, updates = operands
+  if is_node(places):
+    return NotImplemented
+  count = 1 + math.prod(updates.shape)
+  return affine(tape, [target, updates], lambda x, y: call(x, places, y), terms=count, pulled=1)
 
 
-def dynamic_slice_like(tape, params, operands, call):
-  """dynamic_slice, gather and their like: only the first operand is moved, the rest are indices."""
-  return affine(tape, operands, call, positions=(0,))
+def unstack(tape, params, operands, call):
+  """The slices along an axis."""
+  del call
+  (node,), axis = operands, params["axis"]
+  take = lambda i: functools.partial(jax.lax.index_in_dim, index=i, axis=axis, keepdims=False)  # noqa: E731
+  return [affine(tape, [node], take(i)) for i in range(node.shape[axis])]
+
+
+def identity(tape, params, operands, call):
+  """Several values as they are."""
+  del tape, params, call
+  return list(operands)
 
 
 def split(tape, params, operands, call):
@@ -202,7 +251,7 @@ def split(tape, params, operands, call):
   return parts
 
 
-def _spread(operands) -> int:
+def spread(operands) -> int:
   """Entries that one entry of the smallest operand is broadcast to; they add up when pulled."""
   sizes = [math.prod(v.shape) for v in operands]
   return max(sizes) // max(1, min(sizes)) if min(sizes) != max(sizes) else 0
@@ -212,30 +261,35 @@ AFFINE_RULES = {
   **dict.fromkeys(
     (
       "copy",
-      "copy_p",
-      "expand_dims",
+      "name",
       "reshape",
       "rev",
       "sharding_constraint",
       "slice",
       "squeeze",
       "transpose",
-      "pvary",
     ),
     moving(0),
   ),
-  "broadcast_in_dim": broadcast,
+  "broadcast_in_dim": copying(0),
+  "tile": copying(0),
   **dict.fromkeys(("concatenate", "stack"), moving()),
-  "pad": moving(0, 1),
-  "dynamic_slice": dynamic_slice_like,
-  "gather": dynamic_slice_like,
+  "pad": copying(0, 1),
+  "dynamic_slice": moving(0),
+  "gather": copying(0),
   "dynamic_update_slice": moving(0, 1),
+  "scatter": scatter,
+  "scatter-add": scatter,
+  "optimization_barrier": identity,
   "split": split,
+  "unstack": unstack,
   "add": add,
   "add_any": add,
   "sub": sub,
   "neg": neg,
-  "reduce_sum": summing(lambda params, shape: math.prod(shape[i] for i in params["axes"])),
+  "reduce_sum": summing(
+    lambda params, shape: math.prod(shape[i] for i in params["axes"]), overlap=False
+  ),
   "cumsum": summing(lambda params, shape: shape[params["axis"]]),
   "reduce_window_sum": summing(lambda params, shape: math.prod(params["window_dimensions"])),
 }

@@ -6,16 +6,18 @@ that of the JAX function it claims to be.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from balance_jax.bounds.affine_rules import affine, is_node
+from balance_jax.bounds import rounding
+from balance_jax.bounds.affine_rules import affine, is_node, spread
 from balance_jax.bounds.curved_rules import reduce_max
 from balance_jax.bounds.elementwise_rules import increasing, leaky_relu, reciprocal, softplus
 from balance_jax.bounds.interval import Interval
-from balance_jax.bounds.relaxations import convex_lines
+from balance_jax.bounds.relaxations import choose_lines, constant_lines, convex_lines
 from balance_jax.bounds.tape import Node, Tape
 
 # Stands for minus infinity in the padding of a pooling window; a real infinity times 0 is NaN.
@@ -27,11 +29,7 @@ def recognize(tape: Tape, eqn, program, operands) -> Node | None:
   name = eqn.params.get("name", "")
   custom = eqn.primitive.name == "custom_jvp_call" and len(operands) == 2
   if custom and _reads_as(program, jnp.logaddexp, operands):
-    x, y = operands
-    gap = affine(tape, [x, y], jnp.subtract, signs=(1, -1), terms=2)
-    if not is_node(y) and jnp.ndim(y) == 0:
-      y = jnp.broadcast_to(y, gap.shape)
-    return affine(tape, [y, softplus(tape, gap)], jnp.add, terms=2)
+    return _logaddexp(tape, operands)
   if name == "leaky_relu":
     # The slope is a number inside of the program where it is the default, else an operand.
     x, *slope = operands
@@ -45,9 +43,25 @@ def recognize(tape: Tape, eqn, program, operands) -> Node | None:
 def _reads_as(program, function: Callable, operands) -> bool:
   """Whether the program is what JAX makes of `function` for these operands."""
   samples = [v.interval.lower if is_node(v) else v for v in operands]
-  (eqn,) = jax.make_jaxpr(function)(*samples).eqns[-1:]
+  try:
+    (eqn,) = jax.make_jaxpr(function)(*samples).eqns
+  except (TypeError, ValueError):  # these are no operands of that function
+    return False
   inner = next((p for key, p in eqn.params.items() if key in ("jaxpr", "call_jaxpr")), None)
   return inner is not None and str(inner) == str(program)
+
+
+def _logaddexp(tape: Tape, operands) -> Node:
+  """log(exp(x) + exp(y)) = y + softplus(x - y), which increases in both."""
+  x, y = operands
+  ends = [[v.interval.lower, v.interval.upper] if is_node(v) else [v, v] for v in operands]
+  interval = Interval(*(jnp.logaddexp(*pair) for pair in zip(*ends, strict=True)))
+  gap = affine(tape, [x, y], jnp.subtract, signs=(1, -1), terms=1, pulled=spread(operands))
+  if not is_node(y) and jnp.ndim(y) == 0:
+    y = jnp.broadcast_to(y, gap.shape)
+  return affine(
+    tape, [y, softplus(tape, gap)], jnp.add, interval=interval, terms=2 * rounding.FUNCTION_ULPS
+  )
 
 
 def reduce_window_max(tape: Tape, params, operands, call) -> Node:
@@ -136,9 +150,13 @@ def _softmax(tape: Tape, logits: Node, axis: int) -> Node:
   def gaps(ours, theirs, join):
     """(..., i, j): join(theirs_j, ours_i), and 0 for i = j."""
     gap = join(theirs[..., None, :], ours[..., :, None])
-    return gap * jnp.broadcast_to(others, gap.shape)
+    # Not times 0, which is NaN where the gap is infinite.
+    return jnp.where(jnp.broadcast_to(others, gap.shape) > 0, gap, 0)
 
-  low, high = logits.interval.lower, logits.interval.upper
+  # A masked logit is minus infinity, or nearly.
+  least = jnp.finfo(logits.dtype).min / 4
+  ends = logits.interval
+  low, high = jnp.maximum(ends.lower, least), jnp.maximum(ends.upper, least)
   gap = affine(
     tape,
     [logits],
@@ -147,11 +165,35 @@ def _softmax(tape: Tape, logits: Node, axis: int) -> Node:
     interval=Interval(gaps(high, low, jnp.subtract), gaps(low, high, jnp.subtract)),
     terms=2 * count,
   )
-  powers = increasing(jnp.exp, convex_lines)(tape, {}, [gap], None)
+  # Gaps above the limit are cut to it, which moves an entry by less than exp(-limit).
+  limit = 0.5 * math.log(float(jnp.finfo(logits.dtype).max))
+  powers = increasing(lambda x: jnp.exp(jnp.minimum(x, limit)), _cut_lines(limit))(
+    tape, {}, [gap], None
+  )
   total = affine(
     tape,
     [powers, jnp.ones(logits.shape, logits.dtype)],
     lambda e, one: (e * jnp.broadcast_to(others, e.shape)).sum(-1) + one,
     terms=count,
   )
-  return affine(tape, [reciprocal(tape, total)], lambda x: jnp.moveaxis(x, -1, axis))
+  share = reciprocal(tape, total)
+  rest = jnp.full(share.shape, jnp.exp(-limit), share.dtype)
+  cut = tape.node(Interval(jnp.zeros_like(rest), rest))
+  nothing = jnp.max(ends.upper, -1, keepdims=True) == -jnp.inf  # is NaN in the network
+  inside = Interval(
+    jnp.where(nothing, jnp.nan, jnp.maximum(share.interval.lower - rest, 0)),
+    jnp.where(nothing, jnp.nan, share.interval.upper),
+  )
+  share = affine(tape, [share, cut], jnp.subtract, signs=(1, -1), interval=inside, terms=1)
+  return affine(tape, [share], lambda x: jnp.moveaxis(x, -1, axis))
+
+
+def _cut_lines(limit: float) -> Callable:
+  """Lines of exp(min(x, limit))."""
+
+  def lines(function, lower, upper):
+    inside = upper <= limit
+    found = convex_lines(jnp.exp, jnp.where(inside, lower, 0), jnp.where(inside, upper, 0))
+    return choose_lines(inside, found, constant_lines(function(lower), function(upper)))
+
+  return lines

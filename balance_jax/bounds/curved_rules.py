@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balance_jax import _checks
+from balance_jax._convolution import CONV2D_OPTIONS, conv2d, conv2d_transpose
 from balance_jax.bounds import relaxations, rounding
 from balance_jax.bounds.affine_rules import (
   affine,
@@ -16,7 +17,13 @@ from balance_jax.bounds.affine_rules import (
   matrix_product,
   scale,
 )
-from balance_jax.bounds.elementwise_rules import elementwise, reciprocal, relu, square
+from balance_jax.bounds.elementwise_rules import (
+  ELEMENTWISE_RULES,
+  elementwise,
+  reciprocal,
+  relu,
+  square,
+)
 from balance_jax.bounds.interval import Interval
 from balance_jax.bounds.tape import Choice, Node, Product, Tape
 
@@ -66,15 +73,62 @@ def dot_general(tape, params, operands, call):
   interval = Interval(center - radius, center + radius)
   if tape.options.directed:
     reach = call(rounding.magnitude(x), rounding.magnitude(y))
-    interval = rounding.widen(interval, 4 * rounding.gamma(terms + 4, reach.dtype) * reach)
-  return tape.node(interval, Product(tape, operands, call, terms))
+    interval = rounding.widen(interval, 4 * rounding.gamma(terms[0] + 4, reach.dtype) * reach)
+  return tape.node(interval, Product(tape, operands, call, max(terms)))
 
 
 def conv_general_dilated(tape, params, operands, call):
   if all(map(is_node, operands)):
     return NotImplemented
-  terms = conv_terms(params, *(operand.shape for operand in operands))
+  if is_node(operands[0]) and _of_plain_images(params):
+    # Gradients of the usual form are very slow inside of loops on CPUs; see `_convolution`.
+    names = {"strides": "window_strides", "groups": "feature_group_count"}
+    options = {key: params[names.get(key, key)] for key in CONV2D_OPTIONS}
+    return _conv2d(tape, operands, options)
+  samples = [v.interval.lower if is_node(v) else v for v in operands]
+  out = jax.eval_shape(call, *samples)
+  terms = conv_terms(params, *(operand.shape for operand in operands), out.shape)
   return matrix_product(tape, operands, call, terms)
+
+
+def conv2d_rule(tape, params, operands, call):
+  """The library's own convolution of images."""
+  options = params["geometry"]._asdict()
+  if tape.options.precision is not None:
+    options["precision"] = jax.lax.Precision(tape.options.precision)
+  if is_node(operands[0]) and not is_node(operands[1]):
+    return _conv2d(tape, operands, options)
+  # The kernel is bounded, or both are: the rules of the operation it stands for.
+  numbers = jax.lax.conv_dimension_numbers(*(v.shape for v in operands), ("NHWC", "HWIO", "NHWC"))
+  return conv_general_dilated(
+    tape, {"dimension_numbers": numbers}, operands, functools.partial(conv2d, **options)
+  )
+
+
+def _conv2d(tape, operands, options):
+  """Bounded images, an exact kernel."""
+  image, kernel = operands
+  height, width, channels, features = kernel.shape
+
+  def transpose(row):
+    return (conv2d_transpose(row, kernel, image.shape[1:3], **options),)
+
+  terms = (height * width * channels, height * width * features, 0)
+  call = functools.partial(conv2d, **options)
+  return matrix_product(tape, operands, call, terms, transpose=transpose)
+
+
+def _of_plain_images(params) -> bool:
+  """A 2-d convolution of NHWC images with HWIO kernels, neither dilated."""
+  numbers = params["dimension_numbers"]
+  plain = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+  return (
+    numbers == plain
+    and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1}
+    and params["batch_group_count"] == 1
+    and params["preferred_element_type"] is None
+    and all(low >= 0 and high >= 0 for low, high in params["padding"])
+  )
 
 
 def maximum(tape, params, operands, call):
@@ -82,7 +136,7 @@ def maximum(tape, params, operands, call):
   del params
   x, y = operands if is_node(operands[0]) else operands[::-1]
   if not is_node(y):
-    if _all_equal(y, -np.inf):
+    if _all_equal(y, -np.inf) and jnp.broadcast_shapes(x.shape, jnp.shape(y)) == x.shape:
       return x
     if _all_equal(y, 0) and jnp.broadcast_shapes(x.shape, jnp.shape(y)) == x.shape:
       return relu(tape, x)
@@ -107,7 +161,11 @@ def clamp(tape, params, operands, call):
   """min(max(x, low), high)."""
   del call
   low, x, high = operands
-  return minimum(tape, params, [maximum(tape, params, [x, low], jnp.maximum), high], None)
+  if is_node(low) or is_node(x):
+    raised = maximum(tape, params, [x, low], jnp.maximum)
+  else:
+    raised = jnp.maximum(x, low)
+  return minimum(tape, params, [raised, high], None)
 
 
 def reduce_max(tape, params, operands, call):
@@ -147,7 +205,9 @@ def compare(tape, params, operands, call):
   del params
   (low_x, high_x), (low_y, high_y) = map(_ends, operands)
   one, two = call(low_x, high_y), call(high_x, low_y)
-  return constant(tape, Interval(one & two, one | two))
+  # Every comparison with NaN is false, but a bound that is NaN says nothing.
+  open_ = _any_nan(low_x, high_x, low_y, high_y)
+  return constant(tape, Interval(one & two & ~open_, one | two | open_))
 
 
 def equal(tape, params, operands, call):
@@ -156,17 +216,21 @@ def equal(tape, params, operands, call):
   (low_x, high_x), (low_y, high_y) = map(_ends, operands)
   apart = (high_x < low_y) | (high_y < low_x)
   same = (low_x == high_x) & (low_y == high_y) & (low_x == low_y)
-  # What the operation says of two numbers that differ, and of one number.
-  if_apart, if_same = (call(jnp.zeros_like(low_x + low_y), k + 0 * (low_x + low_y)) for k in (1, 0))
-  sure_true, sure_false = (
-    apart & v | same & w for v, w in ((if_apart, if_same), (~if_apart, ~if_same))
-  )
+  if operands[0] is operands[1]:  # the test for NaN
+    same = jnp.isfinite(low_x) & jnp.isfinite(high_x)
+  # What the operation says of one number, and of two that differ.
+  zero = jnp.zeros(apart.shape, jnp.result_type(low_x))
+  if_same, if_apart = call(zero, zero), call(zero, jnp.ones_like(zero))
+  sure_true = apart & if_apart | same & if_same
+  sure_false = apart & ~if_apart | same & ~if_same
   return constant(tape, Interval(sure_true, ~sure_false))
 
 
 def logical(tape, params, operands, call):
-  """and, or, not of truths."""
+  """and, or, not, all, any of truths."""
   del params
+  if any(_ends(value)[0].dtype != bool for value in operands):
+    return NotImplemented
   one, two = (call(*values) for values in zip(*map(_ends, operands), strict=True))
   return constant(tape, Interval(one & two, one | two))
 
@@ -187,13 +251,21 @@ def constant(tape: Tape, interval: Interval) -> Node:
 
 
 def convert(tape, params, operands, call):
-  """A change of dtype; of truths and integers only the interval is kept."""
-  (node,) = operands
-  if jnp.issubdtype(node.dtype, jnp.floating) and jnp.issubdtype(params["new_dtype"], jnp.floating):
-    # To fewer digits is rounding, which counts as one operation of the narrower type.
-    terms = 1 if jnp.finfo(params["new_dtype"]).bits < jnp.finfo(node.dtype).bits else 0
-    return affine(tape, operands, call, terms=terms)
-  return constant(tape, Interval(*map(call, _ends(node))))
+  """A change of dtype; of truths only the interval is kept."""
+  (node,), new = operands, params["new_dtype"]
+  if jnp.issubdtype(node.dtype, jnp.floating) and jnp.issubdtype(new, jnp.floating):
+    # To fewer digits is rounding, which counts as one operation of the narrower type; so it is on
+    # the way back, where the rows get the type of the operand.
+    fewer, more = (
+      jnp.finfo(a).eps > jnp.finfo(b).eps for a, b in ((new, node.dtype), (node.dtype, new))
+    )
+    return affine(tape, operands, call, terms=int(fewer), pulled=int(more))
+  if jnp.issubdtype(new, bool):
+    zero = jnp.zeros((), node.dtype)
+    return equal(tape, {}, [node, zero], jnp.not_equal)
+  if node.dtype == bool or jnp.issubdtype(new, jnp.floating):
+    return constant(tape, Interval(*map(call, _ends(node))))
+  return NotImplemented  # to integers: NaN and what is out of range would become some number
 
 
 def select_n(tape, params, operands, call):
@@ -202,9 +274,10 @@ def select_n(tape, params, operands, call):
   which, *cases = operands
   if not is_node(which):
     return affine(tape, operands, call, positions=range(1, len(operands)))
-  if len(cases) != 2:
+  if len(cases) != 2 or which.dtype != bool:
     return NotImplemented
-  sure, possible = which.interval.lower, which.interval.upper
+  shape = cases[0].shape
+  sure, possible = (jnp.broadcast_to(end, shape) for end in _ends(which))
   (low0, high0), (low1, high1) = map(_ends, cases)
   low = jnp.where(sure, low1, jnp.where(possible, jnp.minimum(low0, low1), low0))
   high = jnp.where(sure, high1, jnp.where(possible, jnp.maximum(high0, high1), high0))
@@ -235,6 +308,25 @@ def stop_gradient(tape, params, operands, call):
   return affine(tape, operands, lambda x: x, interval=interval)
 
 
+def power(tape, params, operands, call):
+  """x ** k for positive x and exact k: exp(k log x)."""
+  del params, call
+  node, exponent = operands
+  if not is_node(node) or is_node(exponent) or not jnp.issubdtype(exponent.dtype, jnp.floating):
+    return NotImplemented
+  (log, exp) = (ELEMENTWISE_RULES[name] for name in ("log", "exp"))
+  return exp(tape, {}, [scale(tape, [log(tape, {}, [node], None), exponent], jnp.multiply)], None)
+
+
+def _any_nan(*values):
+  """Where one of them is NaN; nowhere, if they cannot be."""
+  found = jnp.zeros((), bool)
+  for value in values:
+    if jnp.issubdtype(value.dtype, jnp.floating):
+      found = found | jnp.isnan(value)
+  return found
+
+
 def _last(axes) -> tuple[int, ...]:
   return tuple(range(-len(axes), 0))
 
@@ -254,6 +346,7 @@ def _all_equal(value, number) -> bool:
 
 CURVED_RULES = {
   "clamp": clamp,
+  "conv2d": conv2d_rule,
   "convert_element_type": convert,
   "conv_general_dilated": conv_general_dilated,
   "div": div,
@@ -264,11 +357,11 @@ CURVED_RULES = {
   "min": minimum,
   "mul": mul,
   "ne": equal,
-  "not": logical,
+  "pow": power,
   "reduce_max": reduce_max,
   "reduce_min": reduce_min,
   "select_n": select_n,
   "stop_gradient": stop_gradient,
-  **dict.fromkeys(("and", "or"), logical),
+  **dict.fromkeys(("and", "not", "or", "reduce_and", "reduce_or"), logical),
   **dict.fromkeys(("ge", "gt", "le", "lt"), compare),
 }

@@ -93,23 +93,24 @@ def leaky_relu(tape: Tape, node: Node, slope) -> Node:
   return elementwise(tape, node, result, lines)
 
 
-def _positive_domain(function: Callable, at_zero: float, lines: Callable, decreasing: bool):
-  """Rule of a function of positive numbers; where the box leaves them, the bound is infinite."""
+def _right_of(start: float, function: Callable, at_start: float, lines: Callable):
+  """Rule of a monotone function of numbers >= start; NaN where the box holds smaller ones."""
+  decreasing = at_start == np.inf
 
   def rule(tape, params, operands, call):
     del params, call
     (node,) = operands
 
     def value(x):
-      inside = x > 0
-      return jnp.where(inside, function(jnp.where(inside, x, 1)), at_zero)
+      inside = x > start
+      return jnp.where(inside, function(jnp.where(inside, x, 1)), at_start)
 
     def result(lower, upper):
-      ends = value(lower), value(upper)
+      ends = [jnp.where(lower >= start, value(x), jnp.nan) for x in (lower, upper)]
       return ends[::-1] if decreasing else ends
 
     def chosen(lower, upper):
-      inside = lower > 0
+      inside = lower > start
       found = lines(function, jnp.where(inside, lower, 1), jnp.where(inside, upper, 1))
       flat = relaxations.constant_lines(*result(lower, upper))
       return relaxations.choose_lines(inside, found, flat)
@@ -175,7 +176,7 @@ def integer_pow(tape, params, operands, call):
 
 
 def reciprocal(tape: Tape, node: Node) -> Node:
-  """1 / node; infinite in both directions where the box holds 0."""
+  """1 / node; NaN where the box holds 0, as 0 times that is no number either."""
 
   def safe(x, inside):
     return jnp.where(inside, x, 1)
@@ -183,7 +184,7 @@ def reciprocal(tape: Tape, node: Node) -> Node:
   def result(lower, upper):
     inside = (lower > 0) | (upper < 0)
     low, high = 1 / safe(upper, inside), 1 / safe(lower, inside)
-    return jnp.where(inside, low, -jnp.inf), jnp.where(inside, high, jnp.inf)
+    return jnp.where(inside, low, jnp.nan), jnp.where(inside, high, jnp.nan)
 
   def lines(lower, upper):
     positive, negative = lower > 0, upper < 0
@@ -198,17 +199,42 @@ def reciprocal(tape: Tape, node: Node) -> Node:
   return elementwise(tape, node, result, lines)
 
 
+def erfc(tape, params, operands, call):
+  """1 - erf(x), which falls; as a function of -x it is S-shaped like erf."""
+  del params, call
+
+  def result(lower, upper):
+    return jax.lax.erfc(upper), jax.lax.erfc(lower)
+
+  def lines(lower, upper):
+    found = relaxations.s_shaped_lines(lambda x: jax.lax.erfc(-x), -upper, -lower)
+    return found._replace(lower_slope=-found.lower_slope, upper_slope=-found.upper_slope)
+
+  return elementwise(tape, *operands, result, lines)
+
+
+def stepwise(tape, params, operands, call):
+  """An increasing function that jumps, computed without rounding."""
+  del params
+  return elementwise(tape, *operands, lambda *ends: tuple(map(call, ends)), None, exact=True)
+
+
 ELEMENTWISE_RULES = {
   "abs": absolute,
+  "asinh": increasing(jnp.arcsinh, relaxations.s_shaped_lines),
+  "atan": increasing(jnp.arctan, relaxations.s_shaped_lines),
+  **dict.fromkeys(("ceil", "floor", "round", "sign"), stepwise),
   "erf": increasing(jax.lax.erf, relaxations.s_shaped_lines),
+  "erfc": erfc,
   "exp": increasing(jnp.exp, relaxations.convex_lines),
+  "exp2": increasing(jnp.exp2, relaxations.convex_lines),
   "expm1": increasing(jnp.expm1, relaxations.convex_lines),
   "integer_pow": integer_pow,
-  "log": _positive_domain(jnp.log, -np.inf, relaxations.concave_lines, decreasing=False),
+  "log": _right_of(0, jnp.log, -np.inf, relaxations.concave_lines),
+  "log1p": _right_of(-1, jnp.log1p, -np.inf, relaxations.concave_lines),
   "logistic": increasing(jax.nn.sigmoid, relaxations.s_shaped_lines),
-  "rsqrt": _positive_domain(jax.lax.rsqrt, np.inf, relaxations.convex_lines, decreasing=True),
-  "sign": increasing(jnp.sign, None),
-  "sqrt": _positive_domain(jnp.sqrt, 0.0, relaxations.concave_lines, decreasing=False),
+  "rsqrt": _right_of(0, jax.lax.rsqrt, np.inf, relaxations.convex_lines),
+  "sqrt": _right_of(0, jnp.sqrt, 0.0, relaxations.concave_lines),
   "square": square,
   "tanh": increasing(jnp.tanh, relaxations.s_shaped_lines),
 }

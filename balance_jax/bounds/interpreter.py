@@ -30,12 +30,22 @@ RULES: dict[str, Callable] = {
   "reduce_window_max": composites.reduce_window_max,
 }
 
-# Where a nested program lies in the parameters of the operation that calls it.
-_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-# In a frame of these the user's line is not; they are the libraries in between.
-_LIBRARIES = tuple(
-  os.sep + name + os.sep for name in ("jax", "flax", os.path.join("balance_jax", "bounds"))
-)
+# Operations that stand for the program they carry, and the parameter it lies in. No others are
+# entered: a program may also be what a reduction joins two numbers with, or one device's share.
+_NESTED = {
+  **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
+  **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+}
+# What there is for truths and whole numbers, which no slope belongs to.
+_DISCRETE = {
+  *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "dynamic_slice", "gather"),
+  *("optimization_barrier", "reshape", "rev", "select_n", "slice", "split", "squeeze", "stack"),
+  *("stop_gradient", "tile", "transpose", "unstack"),
+  *("and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "reduce_and", "reduce_or"),
+}
+# The user's line is not in a frame of these; they are the libraries in between.
+_LIBRARIES = (os.path.dirname(jax.__file__), os.path.dirname(__file__))
+_STANDARD = os.path.dirname(os.__file__)
 
 
 class UnsupportedPrimitive(NotImplementedError):
@@ -107,8 +117,8 @@ def _step(tape: Tape, eqn, operands, caller: str) -> list:
   name = eqn.primitive.name
   if name == "scan":
     return _scan(tape, eqn, operands, _source(eqn, caller))
-  program = next((eqn.params[key] for key in _PROGRAMS if key in eqn.params), None)
-  if program is not None and name not in ("while", "cond"):
+  if name in _NESTED:
+    program = eqn.params[_NESTED[name]]
     found = composites.recognize(tape, eqn, program, operands)
     if found is not None:
       return [found]
@@ -116,6 +126,10 @@ def _step(tape: Tape, eqn, operands, caller: str) -> list:
     return _walk(tape, jaxpr, consts, operands, _source(eqn, caller))
   if name not in RULES:
     raise UnsupportedPrimitive(name, _source(eqn, caller))
+  discrete = any(is_node(v) and not jnp.issubdtype(v.dtype, jnp.floating) for v in operands)
+  if discrete and name not in _DISCRETE:
+    reason = "bounded truths and whole numbers are only moved, compared, joined and converted"
+    raise UnsupportedPrimitive(name, _source(eqn, caller), reason)
   params = eqn.params
   if tape.options.precision is not None and "precision" in params:
     params = {**params, "precision": jax.lax.Precision(tape.options.precision)}
@@ -129,9 +143,10 @@ def _step(tape: Tape, eqn, operands, caller: str) -> list:
   if result is None:
     result = RULES[name](tape, params, operands, call)
   if result is NotImplemented:
-    raise UnsupportedPrimitive(name, _source(eqn, caller), "these operands cannot both be bounded")
+    reason = "no bound is known where these of its operands are bounded, or for these parameters"
+    raise UnsupportedPrimitive(name, _source(eqn, caller), reason)
   results = result if isinstance(result, list) else [result]
-  for node in results:
+  for node in filter(is_node, results):
     if not node.primitive:
       node.primitive, node.params, node.operands = name, params, tuple(operands)
   return results
@@ -153,6 +168,8 @@ def _scan(tape: Tape, eqn, operands, caller: str) -> list:
     entries = [_nested(tape, lambda x, i=i: x[i], column) for column in columns]
     results = _walk(tape, body.jaxpr, body.consts, [*fixed, *carry, *entries], caller)
     carry, rows[i] = results[:carries], results[carries:]
+  if not length:
+    return [*carry, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[carries:])]
   stacked = [
     _nested(tape, lambda *parts: jnp.stack(parts), *parts) for parts in zip(*rows, strict=True)
   ]
@@ -172,7 +189,9 @@ def _source(eqn, caller: str) -> str:
   """Where the user's code called the operation; of a cached inner program, where that was."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback is not None else ():
-    if not any(name in frame.file_name for name in _LIBRARIES):
+    folder = os.path.dirname(frame.file_name)
+    library = any(folder == root or folder.startswith(root + os.sep) for root in _LIBRARIES)
+    if not library and folder != _STANDARD and f"{os.sep}flax{os.sep}" not in frame.file_name:
       return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
   return caller
 
@@ -187,6 +206,10 @@ def _check_options(options: Options) -> None:
   if options.precision not in (None, "default", "high", "highest"):
     raise ValueError(
       f"precision is {options.precision!r}; allowed: None, 'default', 'high', 'highest'"
+    )
+  if options.directed and options.precision != "highest":
+    raise ValueError(
+      f"precision is {options.precision!r}; directed=True allows for rounding at 'highest' only"
     )
 
 

@@ -57,12 +57,12 @@ class Interval:
   @property
   def center(self) -> jax.Array:
     """(lower + upper) / 2, float (...)."""
-    return 0.5 * (self.lower + self.upper)
+    return 0.5 * self.lower + 0.5 * self.upper
 
   @property
   def radius(self) -> jax.Array:
     """(upper - lower) / 2, float (...), >= 0."""
-    return 0.5 * (self.upper - self.lower)
+    return 0.5 * self.upper - 0.5 * self.lower
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -74,11 +74,17 @@ class Interval:
 
 
 def check_interval(argument: str, interval: Interval) -> None:
-  """Raises ValueError unless shapes agree and, where values are known, lower <= upper, finite."""
+  """Raises ValueError unless shapes and floating dtypes agree and known values are in order."""
   if jnp.shape(interval.lower) != jnp.shape(interval.upper):
     raise ValueError(
       f"{argument} has a lower end of shape {jnp.shape(interval.lower)} and an upper one of "
       f"{jnp.shape(interval.upper)}; expected one shape"
+    )
+  low, high = (jnp.result_type(end) for end in (interval.lower, interval.upper))
+  if low != high or not jnp.issubdtype(low, jnp.floating):
+    raise ValueError(
+      f"{argument} has a lower end of dtype {low} and an upper one of {high}; expected one "
+      "floating-point dtype"
     )
   if not _checks.is_concrete((interval.lower, interval.upper)):
     return

@@ -59,7 +59,7 @@ def derivative(function: Callable) -> Callable:
 
 def convex_lines(function: Callable, lower, upper, tangent_at=None) -> Lines:
   """Tangent below (at the middle by default) and chord above a convex function."""
-  point = 0.5 * (lower + upper) if tangent_at is None else tangent_at
+  point = 0.5 * lower + 0.5 * upper if tangent_at is None else tangent_at
   slope = derivative(function)(point)
   below, above = function(lower), function(upper)
   width = upper - lower

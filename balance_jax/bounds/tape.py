@@ -96,14 +96,18 @@ class Tape:
 
   def bound(self, node: Node) -> Interval:
     """CROWN's interval of a value, cut with the one it has."""
+    if not jnp.issubdtype(node.dtype, jnp.floating):
+      return node.interval
     size = max(1, functools.reduce(lambda a, b: a * b, node.shape, 1))
     eye = jnp.eye(size, dtype=node.dtype).reshape(size, *node.shape)
     lower, upper = self.lower(eye, node), -self.lower(-eye, node)
     old = node.interval
-    # A bound that is not a number must stay one: maximum and minimum keep NaN.
+    lower, upper = lower.reshape(node.shape), upper.reshape(node.shape)
+    # NaN here is infinity times a slope of 0 on the way back: nothing was learned. One that says
+    # that the network has no bound is in the old interval too, where maximum and minimum keep it.
     return Interval(
-      jnp.maximum(old.lower, lower.reshape(node.shape)),
-      jnp.minimum(old.upper, upper.reshape(node.shape)),
+      jnp.where(jnp.isnan(lower), old.lower, jnp.maximum(old.lower, lower)),
+      jnp.where(jnp.isnan(upper), old.upper, jnp.minimum(old.upper, upper)),
     )
 
   def lower(self, rows: jax.Array, node: Node, *, tail_only: bool = False) -> jax.Array:
@@ -116,16 +120,20 @@ class Tape:
         with the affine tail elided; otherwise go on to the inputs, which is CROWN.
 
     Returns:
-      float (R,).
+      float (R,); NaN where the interval of the value is none.
     """
     pull = functools.partial(self._lower, node=node, tail_only=tail_only)
     chunk = self.options.chunk
     if chunk is None or chunk >= rows.shape[0]:
-      return pull(rows)
-    return jax.lax.map(lambda row: pull(row[None])[0], rows, batch_size=chunk)
+      found = pull(rows)
+    else:
+      found = jax.lax.map(lambda row: pull(row[None])[0], rows, batch_size=chunk)
+    # A slope of 0 must not hide that some value has no bound, as with weights that are NaN.
+    ends = node.interval
+    return jnp.where(jnp.any(jnp.isnan(ends.lower) | jnp.isnan(ends.upper)), jnp.nan, found)
 
   def _lower(self, rows, node, tail_only):
-    total = noise = jnp.zeros(rows.shape[0], rows.dtype)
+    total = noise = size = jnp.zeros(rows.shape[0], rows.dtype)
     pending = {node.index: rows}
     for current in reversed(self.nodes[: node.index + 1]):
       rows = pending.pop(current.index, None)
@@ -142,10 +150,12 @@ class Tape:
             part = pending[source.index] + part
             noise = noise + self.dot_noise(part, rounding.magnitude(source.interval))
           pending[source.index] = part
-      total, noise = total + value, noise + error
+      total, noise, size = total + value, noise + error, size + jnp.abs(value)
     if not self.options.directed:
       return total
-    return rounding.down(total - rounding.inflate(noise, len(self.nodes)), len(self.nodes))
+    count = len(self.nodes)
+    noise = noise + rounding.gamma(count + 4, size.dtype) * size
+    return rounding.down(total - rounding.inflate(noise, count))
 
   def _concretize(self, rows, interval):
     """The least value over the box, (R,), and how far rounding may have it off."""
@@ -174,8 +184,10 @@ class Affine:
     apply: the linear part L.
     magnitude: the same with absolute coefficients.
     offset: array of the shape of y, or None.
-    terms: how many products at most are added up for one entry of y, or of an input when pulled
-      back; 0 for operations that only move values about.
+    terms: how many rounded products or summands at most make one entry of y; 0 for operations
+      that only move values about.
+    pulled: as many of an input's row when pulled back.
+    transpose: row -> rows of the inputs; None for what JAX makes of `apply`.
   """
 
   tape: Tape
@@ -184,24 +196,31 @@ class Affine:
   magnitude: Callable
   offset: jax.Array | None
   terms: int
+  pulled: int
+  transpose: Callable | None = None
   linear = True
 
   def pull(self, rows):
     shapes = [jax.ShapeDtypeStruct(node.shape, node.dtype) for node in self.inputs]
-    pulled = jax.vmap(jax.linear_transpose(self.apply, *shapes))(rows)
+    pulled = jax.vmap(self.transpose or jax.linear_transpose(self.apply, *shapes))(rows)
     bias = 0.0 if self.offset is None else self.tape.dot(rows, self.offset)
     return pulled, bias, self._noise(rows)
 
   def _noise(self, rows):
     if not self.tape.options.directed:
       return 0.0
-    noise = 0.0
-    if self.terms:
-      # What the rounding of the pulled rows can do, for values as large as these can be.
-      reach = self.magnitude(*(rounding.magnitude(node.interval) for node in self.inputs))
-      noise = rounding.gamma(self.terms + 4, rows.dtype) * self.tape.dot(jnp.abs(rows), reach)
+    if not self.terms + self.pulled and self.offset is None:
+      return 0.0
+    # What the rounding of the pulled rows can do, for values as large as these can be, what that of
+    # the operation itself, and what that of the offset's product.
+    reach = self.magnitude(*(rounding.magnitude(node.interval) for node in self.inputs))
+    coarse = max((rows.dtype, *(n.dtype for n in self.inputs)), key=lambda d: jnp.finfo(d).eps)
+    once = rounding.gamma(self.terms + 4, coarse) if self.terms else 0.0
+    back = rounding.gamma(self.pulled + 4, coarse) if self.pulled else 0.0
+    noise = (once + back) * self.tape.dot(jnp.abs(rows), reach)
     if self.offset is not None:
-      noise = noise + self.tape.dot_noise(rows, jnp.abs(self.offset))
+      size = jnp.abs(self.offset)
+      noise = noise + self.tape.dot_noise(rows, size) + once * self.tape.dot(jnp.abs(rows), size)
     return noise
 
 
