@@ -213,14 +213,29 @@ def conv_terms(params, left, right, out) -> tuple[int, int, int]:
   return window * in_channels, window * out_channels, places
 
 
-def scatter(tape, params, operands, call):
-  """Entries set, or added to, at exact places."""
+def scatter_add(tape, params, operands, call):
+  """Entries added to at exact places."""
   del params
   target, places, updates = operands
   if is_node(places):
     return NotImplemented
   count = 1 + math.prod(updates.shape)
   return affine(tape, [target, updates], lambda x, y: call(x, places, y), terms=count, pulled=1)
+
+
+def scatter(tape, params, operands, call):
+  """Entries set at exact places; of two at one place, it is open which one stays."""
+  del call
+  target, places, updates = operands
+  single = math.prod(places.shape[:-1]) == 1
+  if is_node(places) or not (single or params["unique_indices"]):
+    return NotImplemented
+
+  def put(x, y):  # which has no transpose unless it says that places are unique
+    numbers, mode = params["dimension_numbers"], params["mode"]
+    return jax.lax.scatter(x, places, y, numbers, unique_indices=True, mode=mode)
+
+  return affine(tape, [target, updates], put)
 
 
 def unstack(tape, params, operands, call):
@@ -261,7 +276,6 @@ AFFINE_RULES = {
   **dict.fromkeys(
     (
       "copy",
-      "name",
       "reshape",
       "rev",
       "sharding_constraint",
@@ -279,8 +293,8 @@ AFFINE_RULES = {
   "gather": copying(0),
   "dynamic_update_slice": moving(0, 1),
   "scatter": scatter,
-  "scatter-add": scatter,
-  "optimization_barrier": identity,
+  "scatter-add": scatter_add,
+  **dict.fromkeys(("name", "optimization_barrier"), identity),
   "split": split,
   "unstack": unstack,
   "add": add,

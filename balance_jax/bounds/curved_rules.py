@@ -16,6 +16,7 @@ from balance_jax.bounds.affine_rules import (
   is_node,
   matrix_product,
   scale,
+  sub,
 )
 from balance_jax.bounds.elementwise_rules import (
   ELEMENTWISE_RULES,
@@ -308,6 +309,20 @@ def stop_gradient(tape, params, operands, call):
   return affine(tape, operands, lambda x: x, interval=interval)
 
 
+def exp2(tape, params, operands, call):
+  """2 ** x = exp(x log 2): its rounding error, too, grows with x."""
+  del params, call
+  scaled = scale(tape, [*operands, jnp.asarray(np.log(2), operands[0].dtype)], jnp.multiply)
+  return ELEMENTWISE_RULES["exp"](tape, {}, [scaled], None)
+
+
+def erfc(tape, params, operands, call):
+  """1 - erf(x): where it is nearly 0, what is computed has a small error, but of many units."""
+  del params, call
+  erf = ELEMENTWISE_RULES["erf"](tape, {}, operands, None)
+  return sub(tape, {}, [jnp.ones(erf.shape, erf.dtype), erf], jnp.subtract)
+
+
 def power(tape, params, operands, call):
   """x ** k for positive x and exact k: exp(k log x)."""
   del params, call
@@ -352,6 +367,8 @@ CURVED_RULES = {
   "div": div,
   "dot_general": dot_general,
   "eq": equal,
+  "erfc": erfc,
+  "exp2": exp2,
   "is_finite": is_finite,
   "max": maximum,
   "min": minimum,

@@ -199,20 +199,6 @@ def reciprocal(tape: Tape, node: Node) -> Node:
   return elementwise(tape, node, result, lines)
 
 
-def erfc(tape, params, operands, call):
-  """1 - erf(x), which falls; as a function of -x it is S-shaped like erf."""
-  del params, call
-
-  def result(lower, upper):
-    return jax.lax.erfc(upper), jax.lax.erfc(lower)
-
-  def lines(lower, upper):
-    found = relaxations.s_shaped_lines(lambda x: jax.lax.erfc(-x), -upper, -lower)
-    return found._replace(lower_slope=-found.lower_slope, upper_slope=-found.upper_slope)
-
-  return elementwise(tape, *operands, result, lines)
-
-
 def stepwise(tape, params, operands, call):
   """An increasing function that jumps, computed without rounding."""
   del params
@@ -225,9 +211,7 @@ ELEMENTWISE_RULES = {
   "atan": increasing(jnp.arctan, relaxations.s_shaped_lines),
   **dict.fromkeys(("ceil", "floor", "round", "sign"), stepwise),
   "erf": increasing(jax.lax.erf, relaxations.s_shaped_lines),
-  "erfc": erfc,
   "exp": increasing(jnp.exp, relaxations.convex_lines),
-  "exp2": increasing(jnp.exp2, relaxations.convex_lines),
   "expm1": increasing(jnp.expm1, relaxations.convex_lines),
   "integer_pow": integer_pow,
   "log": _right_of(0, jnp.log, -np.inf, relaxations.concave_lines),

@@ -164,8 +164,8 @@ class Tape:
 
   def dot(self, rows, value) -> jax.Array:
     """sum rows[r] * value over everything but r: (R, *shape), (*shape) -> (R,)."""
-    flat = rows.reshape(rows.shape[0], -1)
-    return jnp.matmul(flat, value.reshape(-1), precision=self.options.precision)
+    # Not a matrix product: this fuses with what makes the rows, and rounds no factors anywhere.
+    return jnp.sum(rows * value[None], axis=tuple(range(1, rows.ndim)))
 
   def dot_noise(self, rows, size, operations: int = 0) -> jax.Array | float:
     """Rounding error of `dot` with values of absolute size <= `size`, plus `operations` more."""

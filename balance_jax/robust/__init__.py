@@ -11,6 +11,9 @@ from balance_jax.robust.certified import (
   mtl_ibp_loss,
   sabr_box,
 )
+from balance_jax.robust.certify import CertifyResult, accuracy_curve, certify
+from balance_jax.robust.certify_cascade import ATTACKS, SoundnessError
+from balance_jax.robust.certify_log import Outcome
 from balance_jax.robust.initialization import fan_in_uniform, ibp_init_params, ibp_normal
 from balance_jax.robust.margin_bounds import (
   MarginBounds,
@@ -38,17 +41,23 @@ from balance_jax.robust.statistics import CleanPass, clean_pass, precise_statist
 from balance_jax.robust.taps import TapsLoss, taps_loss
 
 __all__ = [
+  "ATTACKS",
+  "CertifyResult",
   "ClassErrors",
   "CleanPass",
   "METHODS",
   "MarginBounds",
   "Network",
   "Objective",
+  "Outcome",
+  "SoundnessError",
   "TapsLoss",
+  "accuracy_curve",
   "apgd",
   "attack_succeeds",
   "bound_margins",
   "cc_ibp_loss",
+  "certify",
   "clean_pass",
   "exp_ibp_loss",
   "fan_in_uniform",

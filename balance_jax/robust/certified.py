@@ -94,9 +94,7 @@ def exp_ibp_loss(certified_losses, adversarial_losses, alpha) -> jax.Array:
     float (B,); 0 where either loss is 0 (with a finite gradient), unless its exponent is 0.
   """
   _checks.check_number("alpha", alpha, low=0.0, high=1.0)
-  tiny = jnp.finfo(jnp.float32).tiny
-  logs = [jnp.log(jnp.maximum(losses, tiny)) for losses in (certified_losses, adversarial_losses)]
-  return jnp.exp(alpha * logs[0] + (1 - alpha) * logs[1])
+  return _power(certified_losses, alpha) * _power(adversarial_losses, 1 - alpha)
 
 
 def cc_ibp_loss(certified_margins, adversarial_margins, alpha) -> jax.Array:
@@ -112,6 +110,13 @@ def cc_ibp_loss(certified_margins, adversarial_margins, alpha) -> jax.Array:
   """
   _checks.check_number("alpha", alpha, low=0.0, high=1.0)
   return margin_cross_entropy(alpha * certified_margins + (1 - alpha) * adversarial_margins)
+
+
+def _power(losses, exponent) -> jax.Array:
+  """losses^exponent, exponent in [0, 1]; gradient 0 where the loss is 0, and 0^0 is 1."""
+  empty = losses <= 0
+  power = jnp.exp(exponent * jnp.log(jnp.where(empty, 1.0, losses)))
+  return jnp.where(empty & (exponent > 0), 0.0, power)
 
 
 def l1_penalty(params) -> jax.Array:

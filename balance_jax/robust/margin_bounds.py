@@ -9,6 +9,7 @@ Sources: IBP with elision, Gowal et al., 2018 (arXiv 1810.12715); CROWN-IBP, Zha
 (arXiv 1906.06316); loss fusion, Xu et al., 2020 (arXiv 2002.12920), section 3.3.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,8 +72,8 @@ def margin_bounds(
 
   >>> x, labels = jnp.array([[0.9, 0.1]]), jnp.array([0])
   >>> apply = lambda w, x: jax.nn.relu(x @ w)
-  >>> margin_bounds(apply, jnp.eye(2), x, labels, 0.1).round(2).tolist()
-  [[0.6000000238418579]]
+  >>> round(float(margin_bounds(apply, jnp.eye(2), x, labels, 0.1)[0, 0]), 4)
+  0.6
   """
   box = Interval.from_linf(x, eps, lo, hi)
   return bound_margins(lambda v: apply_fn(variables, v), box, labels, method, **options).lower
@@ -129,21 +130,26 @@ def bound_margins(
   )
   matrix = _matrix(logits_fn, box, labels)
 
-  def bound(linear: bool):
-    def one(box, rows):
-      tape, logits = _record(logits_fn, box, options)
-      lower = tape.lower(rows, logits, tail_only=not linear)
-      if linear and mix is not None:
-        lower = mix * lower + (1 - mix) * tape.lower(rows, logits, tail_only=True)
-      return MarginBounds(lower, [node.interval for node in tape.relus])
+  def plain(box, rows):
+    tape, logits = _record(logits_fn, box, dataclasses.replace(options, intermediate="ibp"))
+    return _found(tape, tape.lower(rows, logits, tail_only=True))
 
-    return jax.vmap(one)(box, matrix)
+  def linear(box, rows):
+    tape, logits = _record(logits_fn, box, options)
+    lower = tape.lower(rows, logits)
+    if mix is not None:
+      # With IBP's inner bounds one record does for both; CROWN's are not those of IBP.
+      shared = options.intermediate == "ibp"
+      loose = tape.lower(rows, logits, tail_only=True) if shared else plain(box, rows).lower
+      lower = mix * lower + (1 - mix) * loose
+    return _found(tape, lower)
 
+  plain_batch, linear_batch = jax.vmap(plain), jax.vmap(linear)
   if method == "ibp":
-    return bound(linear=False)
+    return plain_batch(box, matrix)
   if mix is None:
-    return bound(linear=True)
-  return jax.lax.cond(mix > _NEGLIGIBLE, lambda: bound(linear=True), lambda: bound(linear=False))
+    return linear_batch(box, matrix)
+  return jax.lax.cond(mix > _NEGLIGIBLE, linear_batch, plain_batch, box, matrix)
 
 
 def loss_fusion_bound(
@@ -153,12 +159,13 @@ def loss_fusion_bound(
   *,
   relu_lower: str = "adaptive",
   precision: str | None = "highest",
-) -> tuple[jax.Array, list[Interval]]:
+) -> tuple[jax.Array, MarginBounds]:
   """An upper bound of the worst cross entropy in the box by ONE backward pass instead of K - 1.
 
   The loss is log S with S = 1 + sum_j exp(-m_j). With IBP's margins in [l, u], convexity gives
   exp(-m) <= exp(-l) + k (m - l), k the slope of the chord; the sum of these lines is one linear
-  form of the logits, bounded by CROWN-IBP. No margins come out: verify without fusion.
+  form of the logits, bounded by CROWN-IBP. It bounds no margin but those of IBP, which it
+  starts from: verify without fusion.
 
   Args:
     logits_fn: as in `bound_margins`.
@@ -168,7 +175,7 @@ def loss_fusion_bound(
     precision: see `bounds.ibp`.
 
   Returns:
-    (float (B,), upper bounds of the loss in nats; the `Interval` of every ReLU's input).
+    (float (B,), upper bounds of the loss in nats; IBP's `MarginBounds`).
   """
   options = Options(relu_lower=relu_lower, precision=precision)
   matrix = _matrix(logits_fn, box, labels)
@@ -185,9 +192,9 @@ def loss_fusion_bound(
     slope = jnp.where(flat, -at_low, (at_high - at_low) / jnp.where(flat, 1.0, width))
     upper = -tape.lower(-(slope @ rows)[None], logits)[0]
     total = jnp.exp(-shift) + jnp.sum(at_low - slope * low) + upper
-    # S is at least 1; rounding may have its bound below.
-    loss = shift + jnp.log(jnp.maximum(total, jnp.exp(-shift)))
-    return loss, [node.interval for node in tape.relus]
+    # S is at least 1; rounding may have its bound below, or even below 0 where exp underflows.
+    least = jnp.maximum(jnp.exp(-shift), jnp.finfo(total.dtype).tiny)
+    return shift + jnp.log(jnp.maximum(total, least)), _found(tape, low)
 
   return jax.vmap(one)(box, matrix)
 
@@ -203,6 +210,10 @@ def _matrix(logits_fn, box, labels) -> jax.Array:
     raise ValueError(f"logits have shape {logits.shape}; expected ({box.shape[0]}, K) with K >= 2")
   _checks.check_shape("labels", labels, box.shape[:1])
   return margin_matrix(labels, logits.shape[1]).astype(box.dtype)
+
+
+def _found(tape: Tape, lower) -> MarginBounds:
+  return MarginBounds(lower, [node.interval for node in tape.relus])
 
 
 def _record(logits_fn, box: Interval, options: Options) -> tuple[Tape, Node]:

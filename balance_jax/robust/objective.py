@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from balance_jax import _checks
 from balance_jax.bounds import Interval
+from balance_jax.bounds.tape import RELU_LOWER
 from balance_jax.losses import cross_entropy
 from balance_jax.robust import certified
 from balance_jax.robust.adversarial import pgd_at_loss, trades_loss
@@ -129,6 +130,7 @@ class Objective:
   def __post_init__(self):
     _checks.check_choice("method", self.method, METHODS)
     _checks.check_choice("regularizer", self.regularizer, REGULARIZERS)
+    _checks.check_choice("relu_lower", self.relu_lower, RELU_LOWER)
     for name in ("kappa_start", "kappa_end", "alpha", "shrinkage", "relu_shrinkage"):
       _checks.check_number(name, getattr(self, name), low=0.0, high=1.0)
     for name in ("lambda_0", "l1", "beta"):
@@ -226,7 +228,8 @@ class Objective:
         total = total + relu_balance_regularizer(preacts, self.tau, where)
       return weight * total
 
-    return jax.lax.cond(weight > 0, value, lambda: jnp.zeros((), jnp.float32))
+    skipped = jnp.zeros((), jax.eval_shape(value).dtype)
+    return jax.lax.cond(weight > 0, value, lambda: skipped)
 
   def _robust(self, network, variables, box, x, labels, key, eps):
     """(losses (B,), margins (B, K - 1) or None, preacts, the box they belong to)."""
@@ -270,18 +273,20 @@ class Objective:
     return certified.sabr_box(x_adv, box, self.shrinkage)
 
   def _fusion(self, logits_fn, box, labels, eps):
-    """Fused CROWN-IBP during the ramp, IBP from then on; no margins in the first case."""
+    """Fused CROWN-IBP during the ramp, IBP from then on; the margins are IBP's."""
     mix = linear_in_eps(eps, self.eps, 1.0, 0.0)
-    bounds = bound_margins(logits_fn, box, labels, precision=None)
-    plain = margin_cross_entropy(bounds.lower)
+
+    def plain():
+      bounds = bound_margins(logits_fn, box, labels, precision=None)
+      return margin_cross_entropy(bounds.lower), bounds
 
     def fused():
-      losses, _ = loss_fusion_bound(
+      losses, bounds = loss_fusion_bound(
         logits_fn, box, labels, relu_lower=self.relu_lower, precision=None
       )
-      return mix * losses + (1 - mix) * plain
+      return mix * losses + (1 - mix) * margin_cross_entropy(bounds.lower), bounds
 
-    losses = jax.lax.cond(mix > 0, fused, lambda: plain)
+    losses, bounds = jax.lax.cond(mix > 0, fused, plain)
     return losses, bounds.lower, bounds.preacts
 
   def _taps(self, network, variables, key, box, labels, eps):
@@ -301,7 +306,14 @@ class Objective:
 
     def taps():
       found = taps_loss(
-        prefix, suffix, key, box, labels, steps=self.attack_steps, weight=self.taps_weight
+        prefix,
+        suffix,
+        key,
+        box,
+        labels,
+        steps=self.attack_steps,
+        weight=self.taps_weight,
+        precision=None,
       )
       return found.losses, found.margins, found.preacts
 

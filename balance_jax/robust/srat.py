@@ -97,9 +97,10 @@ def gaussian_two_class_errors(separation, imbalance, minority_weight=1.0) -> Cla
     error(minority) = Phi(-S + log(K / rho) / (2 S)),
     error(majority) = Phi(-S - log(K / rho) / (2 S)).
 
-  The gap between the classes falls with S, and so does what weighting costs the majority,
-  d error(majority) / d log rho = phi(S + log(K / rho) / (2 S)) / (2 S). Robust training acts on the
-  smaller S of `robust_separation`, so both grow.
+  The gap between the classes falls with S, and so does what full weighting, from rho = 1 to K,
+  costs the majority. The cost of a little weight, d error(majority) / d log rho =
+  phi(S + L / (2 S)) / (2 S) with L = log(K / rho), falls with S only where
+  S^2 > (sqrt(1 + L^2) - 1) / 2. Robust training acts on the smaller S of `robust_separation`.
 
   Args:
     separation: S, >= 0. At 0 all go to the heavier class, or half of each if the classes balance.
@@ -121,7 +122,9 @@ def gaussian_two_class_errors(separation, imbalance, minority_weight=1.0) -> Cla
     _check_all_above_zero(name, value, open_low)
   separation = jnp.asarray(separation, jnp.result_type(float))
   log_odds = jnp.log(imbalance) - jnp.log(minority_weight)
-  shift = jnp.where(log_odds == 0, 0.0, log_odds / (2.0 * separation))
+  # Only 0 / 0 is replaced: at balanced classes the gradient is not zero.
+  undecided = (separation == 0) & (log_odds == 0)
+  shift = jnp.where(undecided, 0.0, log_odds / jnp.where(undecided, 1.0, 2.0 * separation))
   return ClassErrors(_normal_cdf(-separation - shift), _normal_cdf(-separation + shift))
 
 

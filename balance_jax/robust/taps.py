@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from balance_jax import _checks
 from balance_jax.bounds import Interval, ibp
-from balance_jax.robust.attacks import step_sizes
+from balance_jax.robust.attacks import detach, step_sizes
 from balance_jax.robust.margin_bounds import bound_margins
 from balance_jax.robust.margins import margin_cross_entropy, margin_matrix
 
@@ -41,11 +41,13 @@ def taps_loss(
   steps: int = 8,
   step_size=None,
   weight=1.0,
+  precision: str | None = "highest",
 ) -> TapsLoss:
   """Cross entropy of attacked latent margins times that of IBP's margins.
 
   Args:
-    prefix_fn: x (B, ...) -> latent (B, ...), bounded by IBP.
+    prefix_fn: x (B, ...) -> latent (B, ...), bounded by IBP. Let it end in a nonlinearity: of an
+      affine tail, only what lies in the suffix is elided.
     suffix_fn: latent (B, ...) -> logits (B, K), attacked.
     key: of the random starts.
     box: `Interval` (B, ...).
@@ -53,15 +55,19 @@ def taps_loss(
     steps: of the latent attack, >= 1.
     step_size: relative to the half-width; see `pgd`.
     weight: factor on the gradient of the attacked half, > 0; the value does not change.
+    precision: of the bounds; see `bounds.ibp`.
 
   Returns:
     `TapsLoss`.
   """
   _checks.check_number("weight", weight, low=0.0, open_low=True)
-  whole = bound_margins(lambda x: suffix_fn(prefix_fn(x)), box, labels)
-  latent = ibp(prefix_fn)(box)
-  points = _attack(suffix_fn, key, latent, labels, step_sizes(steps, step_size))
-  rows = margin_matrix(labels, whole.lower.shape[-1] + 1)
+  # One example at a time, as `bound_margins` does, so that all preacts are of one form.
+  prefix = ibp(lambda x: prefix_fn(x[None])[0], record_relus=True, precision=precision)
+  latent, preacts = jax.vmap(prefix)(box)
+  # What is known of the prefix is its box, so the bounds of the whole are those of the suffix.
+  bounds = bound_margins(suffix_fn, latent, labels, precision=precision)
+  rows = margin_matrix(labels, bounds.lower.shape[-1] + 1).astype(latent.dtype)
+  points = _attack(suffix_fn, key, latent, labels, rows, step_sizes(steps, step_size))
 
   def margin(point, row):
     return jnp.einsum("bk,bk->b", suffix_fn(connect(point, latent)), row)
@@ -70,8 +76,8 @@ def taps_loss(
   losses = margin_cross_entropy(attacked)
   held = jax.lax.stop_gradient(losses)
   losses = held + weight * (losses - held)
-  product = losses * margin_cross_entropy(whole.lower)
-  return TapsLoss(product, whole.lower, whole.preacts, attacked)
+  product = losses * margin_cross_entropy(bounds.lower)
+  return TapsLoss(product, bounds.lower, [*preacts, *bounds.preacts], attacked)
 
 
 def connect(point, box: Interval) -> jax.Array:
@@ -96,12 +102,10 @@ def connect(point, box: Interval) -> jax.Array:
   return point + up * (box.upper - high) + down * (box.lower - low)
 
 
-def _attack(suffix_fn, key, box: Interval, labels, rates):
+def _attack(suffix_fn, key, box: Interval, labels, rows, rates):
   """(K - 1, B, ...): for every other class the latent point of least margin that was found."""
-  low, high = map(jax.lax.stop_gradient, (box.lower, box.upper))
-  half = 0.5 * (high - low)
-  num_classes = jax.eval_shape(suffix_fn, low).shape[-1]
-  rows = jnp.moveaxis(margin_matrix(labels, num_classes), 1, 0)
+  suffix_fn, box, _, _, num_classes = detach(suffix_fn, box, labels)
+  low, high, half, rates = box.lower, box.upper, box.radius, rates.astype(box.dtype)
 
   def descend(key, row):
     def margin(x):
@@ -121,5 +125,6 @@ def _attack(suffix_fn, key, box: Interval, labels, rates):
     better = (margin(x)[1] < least).reshape(-1, *(1,) * (x.ndim - 1))
     return jnp.where(better, x, best)
 
-  points = jax.vmap(descend)(jax.random.split(key, num_classes - 1), rows)
+  keys = jax.random.split(key, num_classes - 1)
+  points = jax.vmap(descend, in_axes=(0, 1))(keys, rows)
   return jax.lax.stop_gradient(points)

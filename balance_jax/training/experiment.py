@@ -22,6 +22,7 @@ from balance_jax.training.coordinate_check import coordinate_check
 from balance_jax.training.dry_run import dry_run, without_data
 from balance_jax.training.language_model import language_model
 from balance_jax.training.metric_log import MetricLog, Progress, read_records
+from balance_jax.training.robust_task import robust_task
 from balance_jax.training.run import check_finite
 from balance_jax.training.stability_task import stability_task
 from balance_jax.training.task import Arm, Task
@@ -30,6 +31,7 @@ from balance_jax.training.workdir import Workdir, flatten, plain
 TASKS = {
   "coordinate_check": coordinate_check,
   "language_model": language_model,
+  "robust": robust_task,
   "stability": stability_task,
 }
 
