@@ -79,7 +79,7 @@ def crown(
     relu_lower: slope of the line below an undecided ReLU: "adaptive", "same-slope" (Fast-Lin),
       "zero" or "one".
     chunk: rows pulled back at a time; bounds the memory, which is R times that of the forward pass
-      for R rows. None for all.
+      for R rows, two for each output. None for all.
     directed: as in `ibp`.
     precision: as in `ibp`.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from balance_jax.bounds.interval import Interval
 
 # Units in the last place that exp, tanh and their like may be off on any backend.
-FUNCTION_ULPS = 64
+FUNCTION_ULPS = 16
 
 
 def unit(dtype) -> float:

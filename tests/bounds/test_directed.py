@@ -12,6 +12,7 @@ RNG = np.random.default_rng(0)
 # Functions and where they are compared, within the normal range of float32.
 FUNCTIONS = {
   "exp": (jnp.exp, -87, 88),
+  "exp2": (jnp.exp2, -126, 127),
   "expm1": (jnp.expm1, -80, 88),
   "log": (jnp.log, 1e-30, 1e30),
   "log1p": (jnp.log1p, -1 + 1e-6, 1e6),

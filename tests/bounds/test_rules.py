@@ -134,7 +134,7 @@ CASES = {
   "even negative power": lambda x: (x - 3) ** -2 + (3 + x) ** -4,
   "power": lambda x: (3 + x) ** 1.5 - (3 + x) ** -0.3,
   "quotients": lambda x: x / (3 + x[::-1]) + 2 / (x - 3) + x[0] / like(x, SIX),
-  "exponentials": lambda x: jnp.exp(x) - jnp.expm1(x),
+  "exponentials": lambda x: jnp.exp(x) + jnp.exp2(-x) - jnp.expm1(x),
   "logarithms": lambda x: jnp.log(x + 3) - jnp.log1p(x + 2) + jnp.log1p(0.2 * x),
   "roots": lambda x: jnp.sqrt(x + 3) - jax.lax.rsqrt(x + 3) + jnp.sqrt(jnp.abs(x)),
   "s-shaped": lambda x: jnp.tanh(3 * x) - jax.nn.sigmoid(5 * x) + jnp.arctan(x) + jnp.arcsinh(x),

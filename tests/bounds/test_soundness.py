@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balance_jax.bounds import Interval, crown, ibp
+from balance_jax.bounds import Interval, crown
 from tests.bounds import sampling
 
 SIZE = 6
@@ -110,7 +110,7 @@ def build(names, seed):
 
 
 def check(names, seed, radius, directed, count):
-  """All points of a box in the bounds of four methods, float64 or float32 without a tolerance."""
+  """All points of a box in the bounds of two methods, float64 or float32 without a tolerance."""
   network, center = build(names, seed)
   with jax.enable_x64(not directed):
     dtype = np.float32 if directed else np.float64
@@ -120,8 +120,7 @@ def check(names, seed, radius, directed, count):
     low, high = jax.jit(lambda xs: sampling.extremes(network, box, xs, adversarial=256))(xs)
     # float64 rounds by 1e-16 an operation; some hundred of them and slopes above 1 are in a bound.
     tolerance = 0.0 if directed else 1e-10
-    for bounds in (
-      ibp(network, directed=directed),
+    for bounds in (  # cut with IBP's bounds, so these are checked as well
       crown(network, directed=directed),
       crown(network, directed=directed, intermediate="crown", relu_lower="same-slope"),
     ):
@@ -142,7 +141,7 @@ QUICK = {
 }
 
 
-@settings(max_examples=8, **QUICK)
+@settings(max_examples=6, **QUICK)
 @given(**NETWORKS)
 def test_random_networks(names, seed, radius, directed):
   check(names, seed, radius, directed, count=100_000)
@@ -155,9 +154,8 @@ def test_many_random_networks(names, seed, radius, directed):
   check(names, seed, radius, directed, count=100_000)
 
 
-@pytest.mark.parametrize("directed", [False, True])
-def test_all_layers_after_another(directed):
-  check([*LAYERS, "attention", "relu", "dense"], 0, 1e-3, directed, count=200_000)
+def test_all_layers_after_another():
+  check([*LAYERS, "attention", "relu", "dense"], 0, 1e-3, directed=True, count=400_000)
 
 
 def test_the_check_can_fail():
