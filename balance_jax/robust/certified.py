@@ -54,16 +54,13 @@ def sabr_box(x_adv, box: Interval, lam, variant: str = "ctbench") -> Interval:
   _checks.check_choice("variant", variant, SABR_VARIANTS)
   _checks.check_shape("x_adv", x_adv, box.shape)
   x_adv = jax.lax.stop_gradient(x_adv)
-  radius = lam * box.radius
+  radius = box.radius
   if variant == "original":
-    axes = tuple(range(1, len(box.shape)))
-    radius = lam * jnp.max(box.radius, axis=axes, keepdims=True)
-    # Where the range cuts the box by more than that, low and high of the clip would cross.
-    low = jnp.minimum(box.lower + radius, box.center)
-    high = jnp.maximum(box.upper - radius, box.center)
-  else:
-    low, high = box.lower + radius, box.upper - radius
-  center = jnp.clip(x_adv, jnp.minimum(low, high), high)
+    radius = jnp.max(radius, axis=tuple(range(1, radius.ndim)), keepdims=True)
+  radius = lam * radius
+  # Where the box is narrower than that, the two limits of the clip would cross.
+  high = jnp.maximum(box.upper - radius, box.center)
+  center = jnp.clip(x_adv, jnp.minimum(box.lower + radius, high), high)
   return Interval(jnp.maximum(center - radius, box.lower), jnp.minimum(center + radius, box.upper))
 
 

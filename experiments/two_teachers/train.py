@@ -62,7 +62,7 @@ class Settings:
 PARTS = {
   "radius 0.1": Settings(),
   "radius 0.2": Settings(
-    eps=0.2, rates=(0.3, 1.0, 3.0, 10.0), search_seeds=(100, 101), seeds=tuple(range(6))
+    eps=0.2, rates=(0.3, 1.0, 3.0), search_seeds=(100, 101), seeds=tuple(range(6))
   ),
 }
 

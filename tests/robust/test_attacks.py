@@ -306,7 +306,7 @@ def call(box=None, labels=(0, 1), logits_fn=lambda x: x, **options):
     ({"center": np.full(3, 0.5)}, r"center has shape \(3,\)"),
     ({"box": Interval(np.ones((2, 3)), np.zeros((2, 3)))}, "box has lower 1.0 > upper 0.0"),
     ({"box": Interval(np.zeros((2, 3)), np.full((2, 3), np.nan))}, "box holds values that are not"),
-    ({"box": Interval(np.zeros((2, 3), int), np.ones((2, 3), int))}, "expected float"),
+    ({"box": Interval(np.zeros((2, 3), int), np.ones((2, 3), int))}, "floating-point dtype"),
     ({"logits_fn": lambda x: x.sum(axis=1)}, r"expected one array \(2, K\)"),
     ({"logits_fn": lambda x: (x, x)}, r"expected one array \(2, K\)"),
     ({"logits_fn": lambda x: x[:, :1]}, "logits_fn returns 1 class"),
