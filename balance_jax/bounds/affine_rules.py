@@ -72,6 +72,7 @@ def affine(
     absolute = lambda *values: _unsigned(call, signs)(*fill(values, zeros))  # noqa: E731
   else:
     absolute = lambda *values: magnitude(*fill(values, zeros))  # noqa: E731
+  low = high = [rounding.magnitude(node.interval) for node in nodes]
   if interval is None and magnitude is None:
     ends = [1] * len(operands) if signs is None else signs
     low = [
@@ -88,10 +89,13 @@ def affine(
     radius = absolute(*(node.interval.radius for node in nodes))
     interval = Interval(center - radius, center + radius)
   if tape.options.directed and terms:
-    reach = absolute(*(rounding.magnitude(node.interval) for node in nodes))
-    reach = reach if offset is None else reach + jnp.abs(offset)
-    coarse = max((reach.dtype, *(n.dtype for n in nodes)), key=lambda d: jnp.finfo(d).eps)
-    interval = rounding.widen(interval, 2 * rounding.gamma(terms + 4, coarse) * reach)
+    # Where y increases in x, so does y minus an error e |x|: every end is moved by its own size.
+    reach = [
+      absolute(*map(jnp.abs, end)) + (0 if offset is None else abs(offset)) for end in (low, high)
+    ]
+    coarse = max((interval.dtype, *(n.dtype for n in nodes)), key=lambda d: jnp.finfo(d).eps)
+    error = 2 * rounding.gamma(terms + 4, coarse)
+    interval = rounding.widen(interval, *(error * part for part in reach))
   origin = Affine(tape, nodes, apply, absolute, offset, terms, pulled, transpose)
   return tape.node(interval, origin)
 

@@ -47,7 +47,7 @@ def mul(tape, params, operands, call):
     functools.reduce(jnp.minimum, corners), functools.reduce(jnp.maximum, corners)
   )
   if tape.options.directed:
-    interval = rounding.widen(interval, 0 * interval.upper)
+    interval = rounding.widen(interval, 0 * interval.lower, 0 * interval.upper)
   spread = max(1, max(interval.lower.size // max(1, node.interval.lower.size) for node in operands))
   return tape.node(interval, Product(tape, [x, y], call, spread))
 
@@ -74,7 +74,8 @@ def dot_general(tape, params, operands, call):
   interval = Interval(center - radius, center + radius)
   if tape.options.directed:
     reach = call(rounding.magnitude(x), rounding.magnitude(y))
-    interval = rounding.widen(interval, 4 * rounding.gamma(terms[0] + 4, reach.dtype) * reach)
+    error = 4 * rounding.gamma(terms[0] + 4, reach.dtype) * reach
+    interval = rounding.widen(interval, error, error)
   return tape.node(interval, Product(tape, operands, call, max(terms)))
 
 

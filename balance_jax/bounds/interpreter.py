@@ -122,8 +122,7 @@ def _step(tape: Tape, eqn, operands, caller: str) -> list:
     found = composites.recognize(tape, eqn, program, operands)
     if found is not None:
       return [found]
-    jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
-    return _walk(tape, jaxpr, consts, operands, _source(eqn, caller))
+    return _walk(tape, *_open(program), operands, _source(eqn, caller))
   if name not in RULES:
     raise UnsupportedPrimitive(name, _source(eqn, caller))
   discrete = any(is_node(v) and not jnp.issubdtype(v.dtype, jnp.floating) for v in operands)
@@ -156,17 +155,27 @@ def _evaluate(eqn, params, values):
   return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
 
 
+def _open(program) -> tuple[Any, Sequence]:
+  """(jaxpr, constants) of a program that is closed or not."""
+  return getattr(program, "jaxpr", program), getattr(program, "consts", ())
+
+
 def _scan(tape: Tape, eqn, operands, caller: str) -> list:
   """A loop of fixed length, unrolled."""
   params = eqn.params
-  constants, carries = params["num_consts"], params["num_carry"]
-  body, length = params["jaxpr"], params["length"]
+  body, consts = _open(params["jaxpr"])
+  length = params["length"]
+  # What is one axis shorter inside is a row of a column; versions of JAX name the counts otherwise.
+  rank = lambda variable: len(variable.aval.shape)  # noqa: E731
+  carries = sum(rank(a) == rank(b) for a, b in zip(eqn.outvars, body.outvars, strict=True))
+  whole = sum(rank(a) == rank(b) for a, b in zip(eqn.invars, body.invars, strict=True))
+  constants = whole - carries
   fixed, carry = operands[:constants], operands[constants : constants + carries]
   columns, rows = operands[constants + carries :], [None] * length
   order = reversed(range(length)) if params["reverse"] else range(length)
   for i in order:
     entries = [_nested(tape, lambda x, i=i: x[i], column) for column in columns]
-    results = _walk(tape, body.jaxpr, body.consts, [*fixed, *carry, *entries], caller)
+    results = _walk(tape, body, consts, [*fixed, *carry, *entries], caller)
     carry, rows[i] = results[:carries], results[carries:]
   if not length:
     return [*carry, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[carries:])]

@@ -43,15 +43,23 @@ def down(value):
   return value - inflate(4 * unit(value.dtype) * jnp.abs(value), 1)
 
 
-def widen(interval: Interval, error) -> Interval:
-  """The interval with both ends moved outwards by `error` and by the rounding of doing so."""
-  error = inflate(error, 1) + 2 * unit(interval.dtype) * magnitude(interval)
-  return Interval(interval.lower - error, interval.upper + error)
+def widen(interval: Interval, below, above) -> Interval:
+  """The interval with its ends moved outwards by these errors and by the rounding of doing so."""
+  lower, upper = interval.lower, interval.upper
+  below, above = (
+    inflate(error, 1) + 2 * unit(interval.dtype) * jnp.abs(end)
+    for error, end in ((below, lower), (above, upper))
+  )
+  return Interval(lower - below, upper + above)
 
 
 def widen_function(interval: Interval) -> Interval:
-  """As `widen`, for the values of an elementary function."""
-  return widen(interval, FUNCTION_ULPS * 2 * unit(interval.dtype) * magnitude(interval))
+  """As `widen`, for the values of an elementary function.
+
+  With an error e |y| of a value y, y - e |y| increases in y: the ends' own sizes are what counts.
+  """
+  relative = FUNCTION_ULPS * 2 * unit(interval.dtype)
+  return widen(interval, relative * jnp.abs(interval.lower), relative * jnp.abs(interval.upper))
 
 
 def widen_lines(lines, interval: Interval, result: Interval):

@@ -58,8 +58,8 @@ def sabr_box(x_adv, box: Interval, lam, variant: str = "ctbench") -> Interval:
   if variant == "original":
     radius = jnp.max(radius, axis=tuple(range(1, radius.ndim)), keepdims=True)
   radius = lam * radius
-  # Where the box is narrower than that, the two limits of the clip would cross.
-  high = jnp.maximum(box.upper - radius, box.center)
+  # Where the box is narrower than that, the limits of the clip cross, and all of it is returned.
+  high = box.upper - radius
   center = jnp.clip(x_adv, jnp.minimum(box.lower + radius, high), high)
   return Interval(jnp.maximum(center - radius, box.lower), jnp.minimum(center + radius, box.upper))
 

@@ -136,12 +136,12 @@ def test_the_affine_tail_is_elided():
   with jax.enable_x64(True):
     tape, out = record(network, (BOX,), Options())
     tail = tape.lower(jnp.asarray(forms), out, tail_only=True)
-    fused = ibp(lambda x: (network(x) - BIASES[-1]) @ forms.T)(BOX)
+    fused = np.asarray(ibp(lambda x: (network(x) - BIASES[-1]) @ forms.T)(BOX).lower)
     last = tape.relus[-1].interval
   ends = np.maximum(last.lower, 0), np.maximum(last.upper, 0)
   expected = concretize(forms @ WEIGHTS[-1].T, forms @ BIASES[-1], *ends)
   np.testing.assert_allclose(tail, expected, rtol=1e-12)
-  assert np.all(tail >= fused.lower + forms @ BIASES[-1] + 1e-3)
+  assert np.all(np.asarray(tail) >= fused + forms @ BIASES[-1] + 1e-3)
 
 
 def test_gradients_equal_finite_differences():
@@ -200,6 +200,15 @@ def test_weights_that_are_not_finite_give_no_finite_bound(bad):
       tape, node = record(fn, (box,), Options())
       lower = tape.lower(jnp.array([1.0, -1.0]), node, tail_only=tail_only)
       assert not np.all(np.isfinite(lower))
+
+
+def test_an_entry_that_is_none_is_not_forgotten_on_the_way_back():
+  """What is taken from outside of an array is NaN, and has no row to be pulled back by."""
+  box = Interval(-jnp.ones(2), jnp.ones(2))
+  take = lambda x: jnp.take(x, jnp.array([0, 5]), mode="fill").sum()  # noqa: E731
+  tape, node = record(take, (box,), Options())
+  assert np.all(np.isnan(tape.lower(jnp.array([1.0, -1.0]), node)))
+  assert np.isnan(crown(take)(box).upper)
 
 
 def test_overflow_on_the_way_back_leaves_the_interval():

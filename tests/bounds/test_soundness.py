@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from balance_jax.bounds import Interval, crown
@@ -141,7 +141,9 @@ QUICK = {
 }
 
 
-@settings(max_examples=6, **QUICK)
+# Wide softmaxes, whose sums are large at one end only: rounding there must not reach the other.
+@example(names=["attention", "attention"], seed=0, radius=0.3, directed=True)
+@settings(max_examples=5, **QUICK)
 @given(**NETWORKS)
 def test_random_networks(names, seed, radius, directed):
   check(names, seed, radius, directed, count=100_000)
@@ -154,8 +156,9 @@ def test_many_random_networks(names, seed, radius, directed):
   check(names, seed, radius, directed, count=100_000)
 
 
-def test_all_layers_after_another():
-  check([*LAYERS, "attention", "relu", "dense"], 0, 1e-3, directed=True, count=400_000)
+def test_a_block_of_everything():
+  names = ["normalization", "attention", "residual", "moves", "gelu", "dense", "pooling", "product"]
+  check(names, 0, 0.02, directed=True, count=500_000)
 
 
 def test_the_check_can_fail():
