@@ -97,7 +97,7 @@ def jax_sides(size: dict, steps: list[str]) -> dict[str, Callable[[], float]]:
       batch_size=len(labels),
       num_groups=1,
       metrics=("loss",),
-      carried=RobustLoss.carried(variables["batch_stats"]),
+      carried=RobustLoss.carried(lambda key: variables),
     )
     state = training.init_state(jax.random.key(1), variables["params"], train)
     compiled = jax.jit(train, donate_argnums=0).lower(state, batch).compile()

@@ -11,6 +11,7 @@ is a lower bound of each. Upper bounds are minus the lower bounds of -A.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -98,7 +99,7 @@ class Tape:
     """CROWN's interval of a value, cut with the one it has."""
     if not jnp.issubdtype(node.dtype, jnp.floating):
       return node.interval
-    size = max(1, functools.reduce(lambda a, b: a * b, node.shape, 1))
+    size = math.prod(node.shape)
     eye = jnp.eye(size, dtype=node.dtype).reshape(size, *node.shape)
     # Both ends in one pass: half the operations to compile.
     lower, upper = jnp.split(self.lower(jnp.concatenate([eye, -eye]), node), 2)
@@ -277,7 +278,9 @@ class Product:
     x, y = (node.interval for node in self.inputs)
     positive, negative = jnp.maximum(rows, 0), jnp.minimum(rows, 0)
     to_x = self._transpose(lambda a: self.call(a, y.lower), x)
-    lower, upper = (self._transpose(functools.partial(self.call, end), y) for end in x_ends(x))
+    lower, upper = (
+      self._transpose(functools.partial(self.call, end), y) for end in (x.lower, x.upper)
+    )
     bias = -self.tape.dot(positive, self.call(x.lower, y.lower))
     bias = bias - self.tape.dot(negative, self.call(x.upper, y.lower))
     noise = 0.0
@@ -322,8 +325,3 @@ class Choice:
     bias = self.tape.dot(jnp.where(below, 0, positive), ends.lower)
     bias = bias + self.tape.dot(jnp.where(above, 0, negative), ends.upper)
     return pulled, bias, self.tape.dot_noise(rows, rounding.magnitude(ends))
-
-
-def x_ends(interval: Interval) -> tuple[jax.Array, jax.Array]:
-  """(lower, upper)."""
-  return interval.lower, interval.upper

@@ -35,7 +35,7 @@ class Conv(nn.Module):
     groups: input channels are divided into that many groups, each convolved on its own.
     kernel_init: initializer of the kernel; biases are U(-1/sqrt(n), 1/sqrt(n)), n its fan-in.
     how: "auto", on CPUs gradients in a form that is fast inside of `lax.scan`, where the usual one
-      takes 20 to 70 times as long; "lax", the usual one, which forward-mode derivatives need.
+      takes 20 to 70 times as long; "lax", the usual one, to compare with.
 
   Raises:
     ValueError: x not of rank 4, a kernel larger than the padded image, channels not divisible by

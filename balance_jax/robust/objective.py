@@ -23,7 +23,7 @@ from balance_jax.robust import certified
 from balance_jax.robust.adversarial import pgd_at_loss, trades_loss
 from balance_jax.robust.attacks import pgd
 from balance_jax.robust.margin_bounds import bound_margins, loss_fusion_bound
-from balance_jax.robust.margins import margin_cross_entropy
+from balance_jax.robust.margins import margin_cross_entropy, verified
 from balance_jax.robust.margins import margins as exact_margins
 from balance_jax.robust.regularizers import (
   relu_balance_regularizer,
@@ -209,9 +209,10 @@ class Objective:
       "radius": _spread(jnp.stack([box.radius.mean() for box in preacts]), size),
       "relu_states": _spread(jnp.stack(relu_state_counts(preacts, where), axis=-1), size),
     }
-    if margins is not None:
-      least = margins.min(axis=-1)
-      observed |= {"margin": least, "verified": (least > 0).astype(least.dtype)}
+    observed |= {
+      "margin": margins.min(axis=-1),
+      "verified": verified(margins).astype(margins.dtype),
+    }
     return losses, observed
 
   def _regularizers(self, box, preacts, eps, where):
@@ -232,7 +233,7 @@ class Objective:
     return jax.lax.cond(weight > 0, value, lambda: skipped)
 
   def _robust(self, network, variables, box, x, labels, key, eps):
-    """(losses (B,), margins (B, K - 1) or None, preacts, the box they belong to)."""
+    """(losses (B,), margins (B, K - 1), preacts, the box they belong to)."""
 
     def logits_fn(v):
       return network.apply(variables, v, train=False)

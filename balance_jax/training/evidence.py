@@ -4,7 +4,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,26 @@ def verdict(*demands: tuple[dict, float]) -> str:
 def show(effect: dict, digits: int = 3) -> str:
   """An effect for a table: mean and half width of its 95 % interval."""
   return f"{effect['mean']:+.{digits}f} ± {effect['ci95']:.{digits}f}"
+
+
+# What the table script of an experiment writes into its README lies between these.
+MARKERS = ("<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown.
+
+  >>> print(markdown(("arm", "error"), [("BN", "28.1")]))
+  | arm | error |
+  | --- | --- |
+  | BN | 28.1 |
+  """
+  lines = [header, ("---",) * len(header), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def insert(readme: str, tables: str) -> str:
+  """The text of a README with the part between the `MARKERS` replaced."""
+  before, rest = readme.split(MARKERS[0])
+  after = rest.split(MARKERS[1])[1]
+  return f"{before}{MARKERS[0]}\n\n{tables}\n\n{MARKERS[1]}{after}"

@@ -40,20 +40,19 @@ def write_mixture_report(
     raise ValueError(f"description must have the keys {list(_REQUIRED)}, missing: {missing}")
   split = Groups(list(description["groups"]), list(description["sizes"]))
   summary = summarize(records, split.names, split.sizes, reference=description.get("reference"))
-  own = (*_REQUIRED, "reference", "verdict", "summary")
-  facts = {key: value for key, value in description.items() if key not in own}
-  blocks = [
-    report.Text(description.get("summary") or _what_was_run(summary)),
-    report.Heading("Verdict"),
-    report.Callout(list(description.get("verdict") or verdict(summary))),
-    report.Heading("Results"),
-    _main_table(summary),
-    _group_table(summary),
-    *_figure_blocks(records, split, summary),
-    report.Heading("What was run"),
-    report.KeyValues(report.flat_facts(facts) or {"steps": summary["steps"]}, "Resolved settings."),
-  ]
-  report.write_report(path, description["title"], blocks)
+  report.write_experiment(
+    path,
+    description,
+    (*_REQUIRED, "reference", "verdict", "summary"),
+    what_was_run=_what_was_run(summary),
+    verdict=verdict(summary),
+    results=[
+      _main_table(summary),
+      _group_table(summary),
+      *_figure_blocks(records, split, summary),
+    ],
+    steps=summary["steps"],
+  )
 
 
 def console_table(summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -173,6 +173,41 @@ def write_report(path: str | os.PathLike, title: str, blocks: Sequence[Block]) -
     f"<body>\n<main>\n<h1>{_escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
   )
   replace_file(path, page.encode("utf-8"))
+
+
+def write_experiment(
+  path: str | os.PathLike,
+  description: Mapping[str, Any],
+  own: Collection[str],
+  *,
+  what_was_run: str,
+  verdict: Sequence[str],
+  results: Iterable[Block],
+  steps: Any,
+) -> None:
+  """Writes the page of an experiment: what was run, the verdict, the results, the settings.
+
+  Args:
+    path: file to write.
+    description: "title"; "summary" and "verdict" replace the next two arguments if there; keys not
+      in `own`, nested or not, are listed as settings.
+    own: keys of the description that are no settings.
+    what_was_run: a paragraph.
+    verdict: lines.
+    results: blocks.
+    steps: shown where there are no settings.
+  """
+  facts = flat_facts({key: value for key, value in description.items() if key not in own})
+  blocks = [
+    Text(description.get("summary") or what_was_run),
+    Heading("Verdict"),
+    Callout(list(description.get("verdict") or verdict)),
+    Heading("Results"),
+    *results,
+    Heading("What was run"),
+    KeyValues(facts or {"steps": steps}, "Resolved settings."),
+  ]
+  write_report(path, description["title"], blocks)
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

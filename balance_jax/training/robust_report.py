@@ -45,19 +45,15 @@ def write_robust_report(
     raise ValueError(f"description must have the key 'title', got {sorted(description)}")
   records = list(records)
   summary = summarize(records, description.get("selection") or "certified")
-  facts = report.flat_facts({k: v for k, v in description.items() if k not in _OWN})
-  blocks = [
-    report.Text(description.get("summary") or _what_was_run(summary)),
-    report.Heading("Verdict"),
-    report.Callout(list(description.get("verdict") or verdict(summary))),
-    report.Heading("Results"),
-    _table(summary),
-    *_result_blocks(summary),
-    *_training_blocks(summary, records),
-    report.Heading("What was run"),
-    report.KeyValues(facts or {"steps": summary["steps"]}, "Resolved settings."),
-  ]
-  report.write_report(path, description["title"], blocks)
+  report.write_experiment(
+    path,
+    description,
+    _OWN,
+    what_was_run=_what_was_run(summary),
+    verdict=verdict(summary),
+    results=[_table(summary), *_result_blocks(summary), *_training_blocks(summary, records)],
+    steps=summary["steps"],
+  )
 
 
 def _what_was_run(summary) -> str:

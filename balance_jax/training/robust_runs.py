@@ -144,9 +144,13 @@ class RobustLoss:
     return result.losses, Observed(means, carried={"running": result.running})
 
   @staticmethod
-  def carried(batch_stats) -> Carried:
-    """The rule of the running statistics, which start at `batch_stats`."""
-    return Carried(lambda key: batch_stats, lambda state, observed, step: observed["running"])
+  def carried(init_variables) -> Carried:
+    """The rule of the running statistics; init_variables(key) gives those to start with."""
+
+    def init(key):
+      return init_variables(key).get("batch_stats", {})
+
+    return Carried(init, lambda state, observed, step: observed["running"])
 
 
 def network_of(model, has_parts: bool) -> robust.Network:

@@ -30,7 +30,7 @@ from balance_jax.training.robust_summary import SELECTIONS, console_table, summa
 from balance_jax.training.state import init_state
 from balance_jax.training.step import make_step
 from balance_jax.training.sweep import SweepRuns, product
-from balance_jax.training.task import Arm, Task, check_schedule
+from balance_jax.training.task import Arm, Task, check_folder_name, check_schedule, override
 
 # Numbers of the objective that a setting may change, beside "learning_rate".
 NUMBERS = (
@@ -91,20 +91,12 @@ def arm_configs(config: Mapping[str, Any]) -> dict[str, dict]:
   # The first arm is what the others are compared with.
   for name in sorted(config["arms"], key=lambda name: (name != config["baseline"], name)):
     changes = config["arms"][name]
-    if "/" in name or name.startswith("."):
-      raise ValueError(f"arms holds {name!r}; it names a folder, so no / in it")
-    sections = {section: dict(config[section]) for section in _SECTIONS}
-    settings = config["settings"]
-    for section, entries in changes.items():
-      _checks.check_choice(f"arms.{name}", section, (*_SECTIONS, "settings"))
-      if section == "settings":
-        settings = entries
-        continue
-      for key, value in entries.items():
-        _checks.check_choice(f"arms.{name}.{section}", key, sections[section])
-        sections[section][key] = value
+    check_folder_name("arms", name)
+    changes = dict(changes)
+    settings = changes.pop("settings", config["settings"])
     if not settings:
       raise ValueError(f"settings of arm {name!r} must hold at least one entry")
+    sections = override(config, _SECTIONS, changes, f"arms.{name}")
     arms[name] = {**sections, "settings": {k: dict(v) for k, v in settings.items()}}
   return arms
 
@@ -199,7 +191,7 @@ def _objective(arm, numbers: Mapping[str, Any]) -> robust.Objective:
   return robust.Objective(**{**arm["objective"], **own, "eps": eps})
 
 
-def _init(arm, images: Images, model):
+def _initializer(images: Images, model):
   """init(key) -> variables."""
 
   def init(key):
@@ -209,9 +201,11 @@ def _init(arm, images: Images, model):
 
 
 def _parameters(arm, images: Images) -> int:
+  from balance_jax import models
+
   model = _make_model(arm["model"], images.test.num_classes, images.mean, images.std)
-  shapes = jax.eval_shape(_init(arm, images, model), jax.random.key(0))
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
+  shapes = jax.eval_shape(_initializer(images, model), jax.random.key(0))
+  return models.count_params(shapes)
 
 
 def _cells(config, arm) -> list[dict]:
@@ -242,8 +236,7 @@ def make_runs(config, arm, images: Images, cells) -> SweepRuns:
   train = arm["train"]
   model = _make_model(arm["model"], images.test.num_classes, images.mean, images.std)
   network = network_of(model, has_parts=arm["model"]["name"] != "mlp")
-  init_variables = _init(arm, images, model)
-  shapes = jax.eval_shape(init_variables, jax.random.key(0))
+  init_variables = _initializer(images, model)
   start = train["natural_epochs"] * train["per_epoch"]
   end = start + train["ramp_epochs"] * train["per_epoch"]
   decay_steps = tuple(epoch * train["per_epoch"] for epoch in arm["optimizer"]["decay_epochs"])
@@ -259,7 +252,6 @@ def make_runs(config, arm, images: Images, cells) -> SweepRuns:
       config["data"]["augment"],
       train["per_epoch"],
     )
-    initial = init_variables(jax.random.key(0)) if "batch_stats" in shapes else {}
     return make_step(
       loss,
       optimizer_of(arm["optimizer"], cell["learning_rate"], decay_steps),
@@ -268,7 +260,7 @@ def make_runs(config, arm, images: Images, cells) -> SweepRuns:
       batch_size=train["batch_size"],
       micro_batches=train["micro_batches"],
       metrics=("loss", "grad_norm", "group_loss", "observed"),
-      carried=RobustLoss.carried(initial.get("batch_stats", {})),
+      carried=RobustLoss.carried(init_variables),
     )
 
   def init(cell, step):

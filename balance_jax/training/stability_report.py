@@ -41,18 +41,16 @@ def write_stability_report(
     probe_step=description.get("probe_step"),
     hold_back_largest=bool(description.get("hold_back_largest", False)),
   )
-  facts = report.flat_facts({k: v for k, v in description.items() if k not in _OWN})
-  blocks = [
-    report.Text(description.get("summary") or _what_was_run(summary)),
-    report.Heading("Verdict"),
-    report.Callout(list(description.get("verdict") or verdict(summary))),
-    report.Heading("Results"),
-    _table(summary),
-    *_figure_blocks(summary, facts.get("config.optimizer.eps")),
-    report.Heading("What was run"),
-    report.KeyValues(facts or {"steps": _steps(summary)}, "Resolved settings."),
-  ]
-  report.write_report(path, description["title"], blocks)
+  facts = report.flat_facts(description)
+  report.write_experiment(
+    path,
+    description,
+    _OWN,
+    what_was_run=_what_was_run(summary),
+    verdict=verdict(summary),
+    results=[_table(summary), *_figure_blocks(summary, facts.get("config.optimizer.eps"))],
+    steps=_steps(summary),
+  )
 
 
 def _what_was_run(summary) -> str:

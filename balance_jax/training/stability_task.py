@@ -26,7 +26,7 @@ from balance_jax.training.stability_summary import console_table, summarize, ver
 from balance_jax.training.state import init_state
 from balance_jax.training.step import make_step
 from balance_jax.training.sweep import SweepRuns, product
-from balance_jax.training.task import Arm, Task, check_schedule
+from balance_jax.training.task import Arm, Task, check_folder_name, check_schedule, override
 
 # Numbers a setting may change beside those of the optimizer.
 NUMBERS = (*SWEEPABLE, "z_coefficient", "kappa")
@@ -73,8 +73,7 @@ def arm_configs(config: Mapping[str, Any]) -> dict[str, dict]:
   if not config["sizes"] or not config["architectures"]:
     raise ValueError("sizes and architectures must each hold at least one entry")
   for architecture, changes in _baseline_first(config["architectures"]):
-    if "/" in architecture or architecture.startswith("."):
-      raise ValueError(f"architectures holds {architecture!r}; it names a folder, so no / in it")
+    check_folder_name("architectures", architecture)
     for size in config["sizes"]:
       if len(size) != 3:
         raise ValueError(f"sizes holds {size}; expected (width, depth, heads)")
@@ -84,7 +83,7 @@ def arm_configs(config: Mapping[str, Any]) -> dict[str, dict]:
         raise ValueError(
           f"sizes holds width {width} with depth {depth} twice; their runs would mix"
         )
-      arm = _override(config, changes, f"architectures.{architecture}")
+      arm = override(config, _SECTIONS, changes, f"architectures.{architecture}")
       arm["model"] |= {"width": width, "depth": depth, "heads": heads}
       arm["architecture"] = architecture
       arms[name] = arm
@@ -94,17 +93,6 @@ def arm_configs(config: Mapping[str, Any]) -> dict[str, dict]:
 def _baseline_first(changes: Mapping[str, Mapping]) -> list[tuple[str, Mapping]]:
   """The entries in their order, but what changes nothing comes first: it is compared with."""
   return sorted(changes.items(), key=lambda item: bool(item[1]))
-
-
-def _override(config, changes: Mapping, where: str) -> dict:
-  """The sections of the config, copied, with the given entries changed."""
-  sections = {name: dict(config[name]) for name in _SECTIONS}
-  for section, entries in changes.items():
-    _checks.check_choice(where, section, _SECTIONS)
-    for key, value in entries.items():
-      _checks.check_choice(f"{where}.{section}", key, sections[section])
-      sections[section][key] = value
-  return sections
 
 
 def _check_grid(config, arms) -> None:

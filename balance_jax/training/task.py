@@ -6,7 +6,7 @@ one arm after another and knows nothing of what they are about.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +79,32 @@ def check_schedule(train: Mapping[str, Any], *intervals: str) -> None:
       raise ValueError(
         f"train.{name} is {train[name]}; it must be a multiple of train.chunk = {train['chunk']}"
       )
+
+
+def check_folder_name(argument: str, name: str) -> None:
+  """Raises ValueError unless an entry of a config may name the folder of an arm."""
+  if "/" in name or name.startswith("."):
+    raise ValueError(f"{argument} holds {name!r}; it names a folder, so no / in it")
+
+
+def override(
+  config: Mapping[str, Any], sections: Sequence[str], changes: Mapping[str, Mapping], where: str
+) -> dict[str, dict]:
+  """The named sections of a config, copied, with entries changed.
+
+  Args:
+    config: holds the sections.
+    sections: their names; no other may be changed.
+    changes: section -> entry -> new value.
+    where: the key of `changes` in the config, for messages.
+
+  Raises:
+    ValueError: an unknown section or entry.
+  """
+  copies = {name: dict(config[name]) for name in sections}
+  for section, entries in changes.items():
+    _checks.check_choice(where, section, sections)
+    for key, value in entries.items():
+      _checks.check_choice(f"{where}.{section}", key, copies[section])
+      copies[section][key] = value
+  return copies

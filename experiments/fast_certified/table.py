@@ -8,16 +8,11 @@ from pathlib import Path
 import claims
 
 from balance_jax.training import evidence
+from balance_jax.training.evidence import insert, markdown
 from balance_jax.training.mixture_summary import seed_stats
 
 FOLDER = Path(__file__).parent
-MARKERS = ("<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->")
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A table in Markdown."""
-  lines = [header, ("---",) * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+README = FOLDER / "README.md"
 
 
 def spread(values: list[float]) -> str:
@@ -26,10 +21,9 @@ def spread(values: list[float]) -> str:
   return f"{stats['mean']:.2f} ± {stats['std']:.2f}"
 
 
-def render() -> str:
+def render(found: dict) -> str:
   """All tables, in Markdown."""
-  arms = evidence.load(FOLDER / "results" / "ablation.json")["arms"]
-  gains = evidence.load(FOLDER / "results" / "gain.json")
+  arms, gains = found["ablation"]["arms"], found["gain"]
   header = ("claim", "difference", "measured (95 % interval)", "verdict")
   rows = [*claims.ablation_rows(arms), *claims.gain_rows(gains)]
   measures = ("natural", "attacked", "certified", "certified_ibp")
@@ -53,13 +47,15 @@ def render() -> str:
   )
 
 
+def load() -> dict:
+  """The results, by file."""
+  return {name: evidence.load(FOLDER / "results" / f"{name}.json") for name in ("ablation", "gain")}
+
+
 def main() -> None:
   """Puts the tables between the markers."""
-  readme = FOLDER / "README.md"
-  before, rest = readme.read_text(encoding="utf-8").split(MARKERS[0])
-  after = rest.split(MARKERS[1])[1]
-  text = f"{before}{MARKERS[0]}\n\n{render()}\n\n{MARKERS[1]}{after}"
-  readme.write_text(text, encoding="utf-8")
+  readme = README.read_text(encoding="utf-8")
+  README.write_text(insert(readme, render(load())), encoding="utf-8")
 
 
 if __name__ == "__main__":

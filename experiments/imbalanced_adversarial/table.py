@@ -21,17 +21,11 @@ from claims import (
 )
 
 from balance_jax.training import evidence
+from balance_jax.training.evidence import insert, markdown
 
 FOLDER = Path(__file__).parent
 README, RESULTS = FOLDER / "README.md", FOLDER / "results"
 PARTS = ("digits", "stronger")
-MARKERS = ("<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->")
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A table in Markdown."""
-  lines = [header, ("---",) * len(header), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def all_rows(found: dict) -> dict[str, list[Row]]:
@@ -120,13 +114,6 @@ def render(found: dict) -> str:
 def load(folder: Path = RESULTS) -> dict:
   """All results."""
   return {name: evidence.load(folder / f"{name}.json") for name in ("theory", *PARTS)}
-
-
-def insert(readme: str, tables: str) -> str:
-  """The text of a README with the part between the markers replaced."""
-  before, rest = readme.split(MARKERS[0])
-  after = rest.split(MARKERS[1])[1]
-  return f"{before}{MARKERS[0]}\n\n{tables}\n\n{MARKERS[1]}{after}"
 
 
 def draw(found: dict, path: Path) -> None:

@@ -9,9 +9,10 @@ from claims import CLAIMS
 from figures import FIGURES, RESULTS, Figure
 
 from balance_jax.training import evidence
+from balance_jax.training.evidence import MARKERS, insert
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->"
+BEGIN, END = MARKERS
 TITLES = {
   "qk_norm": "Sizes, with and without qk-norm",
   "remedies": "Remedies",
@@ -95,9 +96,7 @@ def _times() -> str:
 
 def main() -> None:
   """Replaces what lies between the marks."""
-  before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-  _, after = rest.split(END)
-  README.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}", encoding="utf-8")
+  README.write_text(insert(README.read_text(encoding="utf-8"), tables()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,24 +8,18 @@ from pathlib import Path
 import claims
 
 from balance_jax.training import evidence
+from balance_jax.training.evidence import insert, markdown
 from balance_jax.training.mixture_summary import seed_stats
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
 RESULTS = FOLDER / "results"
-MARKERS = ("<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->")
 PANELS = {
   "gap": "entropy gap |E_adv - E_nat|",
   "tau_nat": "temperature of the clean teacher",
   "tau_adv": "temperature of the robust teacher",
   "w_nat": "weight of the clean teacher",
 }
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A table in Markdown."""
-  lines = [header, ("---",) * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def claims_table(found: dict, heading: str) -> str:
@@ -99,13 +93,6 @@ def render(found: dict) -> str:
       f"### The choice of rates, {name}: W-Robust on validation digits\n\n" + search_table(part),
     ]
   return "\n\n".join(tables)
-
-
-def insert(readme: str, tables: str) -> str:
-  """The text of a README with the part between the markers replaced."""
-  before, rest = readme.split(MARKERS[0])
-  after = rest.split(MARKERS[1])[1]
-  return f"{before}{MARKERS[0]}\n\n{tables}\n\n{MARKERS[1]}{after}"
 
 
 def draw(part: dict, path: Path) -> None:

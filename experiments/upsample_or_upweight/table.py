@@ -19,8 +19,9 @@ from claims import (
   variance_rows,
 )
 
+from balance_jax.training.evidence import insert, markdown
+
 README = Path(__file__).parent / "README.md"
-MARKERS = ("<!-- tables: begin (made by table.py) -->", "<!-- tables: end -->")
 
 # Final loss of large and small domain, best and 25 % loss of the small one, variance of the
 # gradient norm: an independent float64 NumPy run of the same problem, three seeds.
@@ -32,12 +33,6 @@ NUMPY_RUN = {
   "cooldown": (0.971, 2.078, 1.921, 1.935, 0.043),
   "increasing": (0.977, 2.042, 1.950, 2.578, 0.032),
 }
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  """A table in Markdown."""
-  lines = [header, ("---",) * len(header), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def claims_table(rows: list[Row]) -> str:
@@ -109,13 +104,6 @@ def load(folder: Path = evidence.RESULTS) -> dict:
   return {
     name: evidence.load(name, folder) for name in ("theory", "synthetic", "memorised", "text")
   }
-
-
-def insert(readme: str, tables: str) -> str:
-  """The text of a README with the part between the markers replaced."""
-  before, rest = readme.split(MARKERS[0])
-  after = rest.split(MARKERS[1])[1]
-  return f"{before}{MARKERS[0]}\n\n{tables}\n\n{MARKERS[1]}{after}"
 
 
 if __name__ == "__main__":

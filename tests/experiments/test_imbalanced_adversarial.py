@@ -1,10 +1,8 @@
 """The experiment's scripts at a tiny size; its verdicts and its README against its results."""
 
 import dataclasses
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -17,21 +15,6 @@ from balance_jax.training.evidence import VERDICTS
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "imbalanced_adversarial"
 SCRIPTS = ("claims", "table", "theory", "train")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-  """The scripts as modules; their folder is on the path, as it is when one is run."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in SCRIPTS}
-    for name in SCRIPTS:
-      sys.modules.pop(name)
-
-
-@pytest.fixture(scope="module")
-def committed(scripts):
-  return scripts["table"].load()
 
 
 # --- Theory ---

@@ -1,7 +1,5 @@
 """The experiment's claims against its results, and its README against both."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +8,6 @@ from balance_jax.training import evidence
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "small_scale_proxies"
 SCRIPTS = ("claims", "collect", "figures", "rows", "run", "scaling_claims", "table")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-  """The scripts as modules; their folder is on the path, as it is when one is run."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in SCRIPTS}
-    for name in SCRIPTS:
-      sys.modules.pop(name)
 
 
 def test_the_readme_shows_what_the_results_say(scripts):

@@ -1,10 +1,8 @@
 """The experiment's scripts at a tiny size; its verdicts and its README against its results."""
 
 import dataclasses
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -19,21 +17,6 @@ from balance_jax.training.evidence import VERDICTS
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "two_teachers"
 SCRIPTS = ("claims", "table", "train")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-  """The scripts as modules; their folder is on the path, as it is when one is run."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in SCRIPTS}
-    for name in SCRIPTS:
-      sys.modules.pop(name)
-
-
-@pytest.fixture(scope="module")
-def committed(scripts):
-  return scripts["table"].load()
 
 
 def test_accuracies_by_hand(scripts):

@@ -1,9 +1,7 @@
 """The experiment's scripts at a tiny size; its verdicts and its README against its results."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +13,6 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "upsample_or_upweight"
 SCRIPTS = (
   "claims", "evidence", "gumbel", "memorised", "synthetic", "table", "text", "theory",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def scripts():
-  """The scripts as modules; their folder is on the path, as it is when one is run."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in SCRIPTS}
-    for name in SCRIPTS:
-      sys.modules.pop(name)
-
-
-@pytest.fixture(scope="module")
-def committed(scripts):
-  return scripts["table"].load()
 
 
 def stats(mean, ci95):

@@ -194,4 +194,6 @@ def test_a_run_that_diverged_can_be_drawn():
     figures.relu_states_over_training,
     figures.radius_by_layer,
   ):
-    draw(summary, records).canvas.draw()
+    figure = draw(summary, records)
+    figure.canvas.draw()
+    assert figure.axes
