@@ -45,7 +45,8 @@ def affine(
       Exact operands elsewhere, such as factors and indices, are part of the linear map.
     signs: of the coefficients by operand, +1 or -1, where all of one sign; None for all +1.
     magnitude: call with absolute coefficients; needed where a sign is not known.
-    interval: of the result, where the caller knows it.
+    interval: of the result, where the caller knows it; None to derive it, as centre and radius if
+      the operands have these or `magnitude` is given.
     terms: see `Affine`.
     pulled: see `Affine`; None for `terms`.
     transpose: see `Affine`.
@@ -73,7 +74,13 @@ def affine(
   else:
     absolute = lambda *values: magnitude(*fill(values, zeros))  # noqa: E731
   low = high = [rounding.magnitude(node.interval) for node in nodes]
-  if interval is None and magnitude is None:
+  ball, known = None, all(node.ball for node in nodes)
+  if interval is None and (known or magnitude is not None):
+    balls = [n.ball if known else (n.interval.center, n.interval.radius) for n in nodes]
+    centers, radii = zip(*balls, strict=True)
+    ball = with_offset(*centers), absolute(*radii)
+    interval = Interval(ball[0] - ball[1], ball[0] + ball[1])
+  elif interval is None:
     ends = [1] * len(operands) if signs is None else signs
     low = [
       n.interval.lower if ends[i] > 0 else n.interval.upper
@@ -84,10 +91,6 @@ def affine(
       for i, n in zip(bounded, nodes, strict=True)
     ]
     interval = Interval(with_offset(*low), with_offset(*high))
-  elif interval is None:
-    center = with_offset(*(node.interval.center for node in nodes))
-    radius = absolute(*(node.interval.radius for node in nodes))
-    interval = Interval(center - radius, center + radius)
   if tape.options.directed and terms:
     # Where y increases in x, so does y minus an error e |x|: every end is moved by its own size.
     reach = [
@@ -97,7 +100,9 @@ def affine(
     error = 2 * rounding.gamma(terms + 4, coarse)
     interval = rounding.widen(interval, *(error * part for part in reach))
   origin = Affine(tape, nodes, apply, absolute, offset, terms, pulled, transpose)
-  return tape.node(interval, origin)
+  node = tape.node(interval, origin)
+  node.ball = None if tape.options.directed else ball
+  return node
 
 
 def _unsigned(call, signs):
@@ -161,18 +166,28 @@ def scale(tape, operands, call):
   """A bounded operand times (or divided by) an exact one, either first or second."""
   first = is_node(operands[0])
   node, factor = operands if first else operands[::-1]
-  order = (lambda x, k: call(x, k)) if first else (lambda x, k: call(k, x))
-  one, two = (order(end, factor) for end in (node.interval.lower, node.interval.upper))
-  interval = Interval(jnp.minimum(one, two), jnp.maximum(one, two))
+  interval = None
+  if node.ball is None:  # by the ends, which is exact; by centre and radius if there are any
+    order = (lambda x, k: call(x, k)) if first else (lambda x, k: call(k, x))
+    one, two = (order(end, factor) for end in (node.interval.lower, node.interval.upper))
+    interval = Interval(jnp.minimum(one, two), jnp.maximum(one, two))
   return affine(
     tape,
     operands,
     call,
     positions=(),
-    magnitude=lambda *values: jnp.abs(call(*map(jnp.abs, values))),
+    magnitude=absolute_factors(operands, call),
     interval=interval,
     terms=1,
     pulled=1 + spread(operands),
+  )
+
+
+def absolute_factors(operands, call):
+  """The operation with absolute exact operands, for bounded ones that are radii or sizes, >= 0."""
+  exact = [not is_node(value) for value in operands]
+  return lambda *values: call(
+    *(jnp.abs(v) if fixed else v for v, fixed in zip(values, exact, strict=True))
   )
 
 
@@ -182,11 +197,7 @@ def matrix_product(tape, operands, call, terms: tuple[int, int, int], transpose=
   `terms` are the products in an entry of the result, and of the first and of the second operand
   when rows are pulled back.
   """
-
-  def magnitude(*values):
-    return call(*map(jnp.abs, values))
-
-  first = is_node(operands[0])
+  magnitude, first = absolute_factors(operands, call), is_node(operands[0])
   return affine(
     tape,
     operands,
