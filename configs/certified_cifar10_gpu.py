@@ -30,6 +30,7 @@ def get_config(epochs: str = "160"):
   digits["two_ends"](config)
   config.title = f"CIFAR-10 at 8/255, {epochs} epochs"
   config.data.update(source="npz_jpeg", image_shape=(32, 32, 3), normalize="train")
+  config.data.train_examples = 45_000  # 1 in 10 is validation
   config.data.augment.update(flip=True, crop_padding=2)
   config.model.update(width=64, dense=512)
   config.train.update(epochs=total, natural_epochs=1, ramp_epochs=ramp, batch_size=128)

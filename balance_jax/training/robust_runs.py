@@ -74,6 +74,12 @@ def load_splits(spec: Mapping[str, Any]) -> Images:
   return Images(data.image_table(train, group_by="all"), validation, test, mean, std)
 
 
+def training_examples(spec: Mapping[str, Any], images: Images) -> int:
+  """How many examples an epoch has; of stand-in images as many as `config.data` says there are."""
+  found = int(images.table.sizes[0])
+  return spec["train_examples"] or found if spec["source"] == STAND_IN else found
+
+
 def _load(spec, split: str) -> data.ImageData:
   if spec["source"] == STAND_IN:
     labels = np.arange(2 * spec["num_classes"], dtype=np.int32) % spec["num_classes"]

@@ -25,6 +25,7 @@ from balance_jax.training.robust_runs import (
   load_splits,
   network_of,
   optimizer_of,
+  training_examples,
 )
 from balance_jax.training.robust_summary import SELECTIONS, console_table, summarize, verdict
 from balance_jax.training.state import init_state
@@ -64,7 +65,7 @@ def robust_task(config: Mapping[str, Any]) -> Task:
     _check_arm(name, arm, config)
   images = load_splits(config["data"])
   for arm in arms.values():
-    _derive_steps(arm["train"], int(images.table.sizes[0]))
+    _derive_steps(arm["train"], training_examples(config["data"], images))
   parameters = {name: _parameters(arm, images) for name, arm in arms.items()}
   single = len(arms) == 1
   return Task(

@@ -1,9 +1,10 @@
-"""Takes what the table needs from a finished run of the ablation.
+"""Takes what the tables need from a finished run of a study.
 
-  python -m balance_jax.main --config=configs/certified_digits.py --workdir=RUN
-  python experiments/fast_certified/collect.py RUN
+  python -m balance_jax.main --config=configs/certified_digits.py:methods --workdir=RUN
+  python experiments/fast_certified/collect.py methods RUN
 
-Writes results/ablation.json: the measures of every run on test images, by arm, in order of seeds.
+Writes results/STUDY.json: for every arm, setting and radius the measures of its runs, in order of
+seeds, on test images and, for what chooses the setting, on validation images.
 """
 
 import json
@@ -14,30 +15,41 @@ from balance_jax.training import evidence
 from balance_jax.training.metric_log import read_records
 
 RESULTS = Path(__file__).parent / "results"
-MEASURES = (
-  "natural",
-  "attacked",
-  "certified",
-  "certified_ibp",
-  "certified_crown_ibp",
-  "violations",
-)
+STUDIES = ("ablation", "methods", "ramp", "fashion")
+MEASURES = {
+  "eval": ("natural", "certified"),
+  "test": (
+    "natural",
+    "attacked",
+    "certified",
+    "certified_ibp",
+    "certified_crown_ibp",
+    "violations",
+  ),
+}
 
 
-def main(run: Path) -> None:
+def point(row: dict, records: list[dict]) -> dict:
+  """What one arm did with one setting at one radius."""
+  own = [r for r in records if all(r.get(k) == row[k] for k in ("arm", "setting", "eps"))]
+  found = {key: row[key] for key in ("arm", "setting", "eps", "chosen", "front")}
+  for event, names in MEASURES.items():
+    last = {r["seed"]: r for r in own if r["event"] == event}
+    found |= {"seeds": sorted(last)}
+    found[event] = {name: [last[seed][name] for seed in sorted(last)] for name in names}
+  return found
+
+
+def main(study: str, run: Path) -> None:
   """Copies the measures of every arm."""
   results = json.loads((run / "results.json").read_text())
-  arms = {}
-  for name in results["summary"]["arms"]:
-    records = read_records(run / "arms" / name / "metrics.jsonl")
-    tests = sorted((r for r in records if r["event"] == "test"), key=lambda r: r["seed"])
-    arms[name] = {measure: [r[measure] for r in tests] for measure in MEASURES}
-    arms[name]["seeds"] = [r["seed"] for r in tests]
+  records = [r for log in run.glob("arms/*/metrics.jsonl") for r in read_records(log)]
+  points = [point(row, records) for row in results["summary"]["rows"]]
   kept = {key: results[key] for key in ("examples", "parameters", "device", "versions", "seconds")}
-  evidence.save(RESULTS / "ablation.json", {"arms": arms, **kept})
+  evidence.save(RESULTS / f"{study}.json", {"points": points, **kept})
 
 
 if __name__ == "__main__":
-  if len(sys.argv) != 2:
-    raise SystemExit(__doc__)
-  main(Path(sys.argv[1]))
+  if len(sys.argv) != 3 or sys.argv[1] not in STUDIES:
+    raise SystemExit(f"{__doc__}\nSTUDY is one of {', '.join(STUDIES)}.")
+  main(sys.argv[1], Path(sys.argv[2]))

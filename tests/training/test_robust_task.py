@@ -157,19 +157,19 @@ def test_bad_configs_are_named_and_write_nothing(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "argument"),
+  ("name", "argument", "steps"),
   [
-    ("certified_digits", "ablation"),
-    ("certified_digits", "methods"),
-    ("certified_digits", "ramp"),
-    ("certified_fashion", None),
-    ("certified_cifar10_gpu", "70"),
-    ("certified_cifar10_gpu", "160"),
-    ("certified_tinyimagenet_gpu", None),
+    ("certified_digits", "ablation", 50 * 38),
+    ("certified_digits", "methods", 30 * 19),
+    ("certified_digits", "ramp", 50 * 38),
+    ("certified_fashion", None, 20 * 32),
+    ("certified_cifar10_gpu", "70", 70 * 352),
+    ("certified_cifar10_gpu", "160", 160 * 352),
+    ("certified_tinyimagenet_gpu", None, 80 * 743),
   ],
 )
-def test_every_config_builds(name, argument):
-  """Shapes of every arm, on stand-in images."""
+def test_every_config_builds(name, argument, steps):
+  """Shapes of every arm, on stand-in images, and as many steps as the real ones make."""
   module = load(name)
   config = resolve(module.get_config() if argument is None else module.get_config(argument))
   config["data"]["source"] = "stand_in"
@@ -177,6 +177,7 @@ def test_every_config_builds(name, argument):
   task = robust_task.robust_task(config)
   for arm in robust_task.arm_configs(config).values():
     assert arm["settings"]
+  assert {make().train["steps"] for make in task.arms.values()} == {steps}
   assert set(task.facts["parameters"].values())
   if name == "certified_cifar10_gpu":
     assert set(task.facts["parameters"].values()) == {17_192_650}
