@@ -169,8 +169,9 @@ class Tape:
 
   def dot(self, rows, value) -> jax.Array:
     """sum rows[r] * value over everything but r: (R, *shape), (*shape) -> (R,)."""
-    # Not a matrix product: this fuses with what makes the rows, and rounds no factors anywhere.
-    return jnp.sum(rows * value[None], axis=tuple(range(1, rows.ndim)))
+    # A product of matrices also in the gradient, where a sum would write the rows once more.
+    value = jnp.broadcast_to(value, rows.shape[1:]).ravel()
+    return jnp.matmul(rows.reshape(rows.shape[0], -1), value, precision=self.options.precision)
 
   def dot_noise(self, rows, size, operations: int = 0) -> jax.Array | float:
     """Rounding error of `dot` with values of absolute size <= `size`, plus `operations` more."""
@@ -251,10 +252,13 @@ class Elementwise:
     lines = self.lines(interval.lower, interval.upper)
     if self.tape.options.directed:
       lines = rounding.widen_lines(lines, interval, self.result)
-    positive, negative = jnp.maximum(rows, 0), jnp.minimum(rows, 0)
-    pulled = positive * lines.lower_slope[None] + negative * lines.upper_slope[None]
-    bias = self.tape.dot(positive, lines.lower_offset)
-    bias = bias + self.tape.dot(negative, lines.upper_offset)
+    # Flat: on a CPU the gradient's sums over the rows take far longer over many axes.
+    flat, line = rows.reshape(rows.shape[0], -1), jax.tree.map(jnp.ravel, lines)
+    positive, negative = jnp.maximum(flat, 0), jnp.minimum(flat, 0)
+    pulled = positive * line.lower_slope[None] + negative * line.upper_slope[None]
+    pulled = pulled.reshape(rows.shape)
+    bias = self.tape.dot(positive, line.lower_offset)
+    bias = bias + self.tape.dot(negative, line.upper_offset)
     if not self.tape.options.directed:
       return (pulled,), bias, 0.0
     slope = jnp.maximum(jnp.abs(lines.lower_slope), jnp.abs(lines.upper_slope))
