@@ -1,10 +1,10 @@
 """APGD: a projected gradient attack that sets its own step size.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", 2020 (arXiv 2003.01690), algorithm 1 and conditions 1 and 2. Where the
-official code differs we follow the paper: a window counts the first of its steps, which the code
-compares with another loss; a window fails at fewer than rho of its steps, where the code includes
-equality; the step after a restart is compared with the point it starts from.
+parameter-free attacks", 2020 (arXiv 2003.01690), algorithm 1 and conditions 1 and 2. Their code
+counts rises otherwise, which variant="code" does as well: the first step rises if its loss is above
+0, and not above that of the start; the step after a restart is compared with the point that was
+left, and not with the one it starts from; and a window fails at rho of its steps, not only below.
 """
 
 import math
@@ -21,6 +21,7 @@ from balance_jax.robust import attacks
 from balance_jax.robust.attacks import Found, clip, direction, keep_better, select
 
 LOSSES = ("ce", "dlr", "targeted-dlr")
+VARIANTS = ("paper", "code")
 _MOMENTUM = 0.75  # weight of the gradient step against the last move
 
 
@@ -30,7 +31,7 @@ class _State(NamedTuple):
   x: jax.Array
   x_before: jax.Array
   grad: jax.Array
-  loss: jax.Array
+  last_loss: jax.Array  # what the next loss must be above to count as a rise
   best: tuple[jax.Array, jax.Array, jax.Array]  # x, gradient and loss of the highest loss
   step: jax.Array  # step size in radii
   rises: jax.Array  # steps of this window that raised the loss
@@ -51,6 +52,7 @@ def apgd(
   loss: str = "ce",
   num_targets: int = 9,
   rho: float = 0.75,
+  variant: str = "paper",
 ) -> jax.Array:
   """Auto-PGD: momentum, and a step size that halves when the loss stops to rise.
 
@@ -73,6 +75,7 @@ def apgd(
     num_targets: >= 1, targets of "targeted-dlr": the highest logits at the center, except the
       label's; K - 1 at most are used.
     rho: in [0, 1], share of rising steps below which a checkpoint halves the step; static.
+    variant: "paper" or "code", how rises are counted; see the top of the module.
 
   Returns:
     x_adv like box.lower, inside of the box: the center where that is misclassified, else the first
@@ -89,7 +92,8 @@ def apgd(
   _checks.check_number("restarts", restarts, low=1, integer=True)
   _checks.check_number("num_targets", num_targets, low=1, integer=True)
   _checks.check_choice("loss", loss, LOSSES)
-  plan = _plan(steps, rho)
+  _checks.check_choice("variant", variant, VARIANTS)
+  plan = _plan(steps, rho, variant)
   logits_fn, box, labels, center, num_classes = attacks.detach(logits_fn, box, labels, center)
   attacks.check_classes(loss, num_classes)
 
@@ -108,7 +112,7 @@ def apgd(
     # All targets come before the next restart: runs of fewer restarts are the first of more.
     target = targets[r % len(targets)]
     x = _start(jax.random.fold_in(key, r), box, center)
-    return _run(lambda x: score(x, target), x, box, center, plan, found)
+    return _run(lambda x: score(x, target), x, box, center, plan, found, variant)
 
   broken = attacks.misclassified(clean_logits, labels)
   found = attacks.nothing_found(center)._replace(broken=broken)
@@ -139,7 +143,7 @@ def checkpoints(steps: int) -> tuple[int, ...]:
   return tuple(found)
 
 
-def _plan(steps: int, rho: float):
+def _plan(steps: int, rho: float, variant: str):
   """For each step: weight of the gradient step, whether a checkpoint follows, rises it asks for."""
   _checks.check_known("rho", rho)
   _checks.check_number("rho", rho, low=0.0, high=1.0)
@@ -148,7 +152,8 @@ def _plan(steps: int, rho: float):
   at_checkpoint, needed = np.zeros(steps, bool), np.zeros(steps, np.int32)
   for before, mark in zip((0, *marks), marks, strict=False):
     at_checkpoint[mark - 1] = True
-    needed[mark - 1] = math.ceil(rho * (mark - before))
+    share = rho * (mark - before)
+    needed[mark - 1] = math.floor(share) + 1 if variant == "code" else math.ceil(share)
   return weight, at_checkpoint, needed
 
 
@@ -163,7 +168,7 @@ def _start(key, box, center):
   return clip(center + _radius(box, center) * t / jnp.maximum(largest, tiny), box)
 
 
-def _run(score, x, box, center, plan, found: Found) -> Found:
+def _run(score, x, box, center, plan, found: Found, variant: str) -> Found:
   """One ascent of `len(plan[0])` steps from x."""
   radius = _radius(box, center)
   loss, broken, grad = attacks.score_and_gradient(score, x)
@@ -172,7 +177,7 @@ def _run(score, x, box, center, plan, found: Found) -> Found:
     x=x,
     x_before=x,
     grad=grad,
-    loss=loss,
+    last_loss=jnp.zeros_like(loss) if variant == "code" else loss,
     best=(x, grad, loss),
     step=jnp.full(loss.shape, 2.0, x.dtype),
     rises=count,
@@ -184,7 +189,7 @@ def _run(score, x, box, center, plan, found: Found) -> Found:
   def advance(state, planned):
     weight, at_checkpoint, needed = planned
     state = _move(score, state, weight.astype(x.dtype), radius, box)
-    return _checkpoint(state, at_checkpoint, needed), None
+    return _checkpoint(state, at_checkpoint, needed, variant), None
 
   return jax.lax.scan(advance, state, plan)[0].found
 
@@ -202,22 +207,23 @@ def _move(score, state: _State, weight, radius, box) -> _State:
     x=x,
     x_before=state.x,
     grad=grad,
-    loss=loss,
+    last_loss=loss,
     best=best,
-    rises=state.rises + (loss > state.loss),
+    rises=state.rises + (loss > state.last_loss),
     found=keep_better(state.found, x, loss, broken),
   )
 
 
-def _checkpoint(state: _State, here, needed) -> _State:
+def _checkpoint(state: _State, here, needed, variant) -> _State:
   """Halves the step and goes back to the best point where the window did not do well."""
   best_x, best_grad, best_loss = state.best
   stalled = ~state.halved & (best_loss <= state.best_loss_before)
   halve = here & ((state.rises < needed) | stalled)
+  if variant == "paper":
+    state = state._replace(last_loss=select(halve, best_loss, state.last_loss))
   return state._replace(
     x=select(halve, best_x, state.x),
     grad=select(halve, best_grad, state.grad),
-    loss=select(halve, best_loss, state.loss),
     step=jnp.where(halve, state.step / 2, state.step),
     rises=jnp.where(here, 0, state.rises),
     halved=jnp.where(here, halve, state.halved),

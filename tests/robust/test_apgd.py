@@ -32,7 +32,7 @@ def test_checkpoints():
     assert list(checkpoints(steps)) == reference_checkpoints(steps)
 
 
-def reference_apgd(net, start, center, lower, upper, label, steps, rho=0.75):
+def reference_apgd(net, start, center, lower, upper, label, steps, rho, code):
   """All points, the best one, the last step size, (too few rises, stuck) at each checkpoint."""
   radius = np.maximum(upper - center, center - lower)
   x = before = start
@@ -40,7 +40,7 @@ def reference_apgd(net, start, center, lower, upper, label, steps, rho=0.75):
   path, best = [x], (loss, x, grad)
   step, losses, best_at_mark, halved_at_mark = 2.0, [], loss, True
   reasons, last_mark = [], 0
-  current = loss
+  current = 0.0 if code else loss
   for k in range(steps):
     z = np.clip(x + step * radius * np.sign(grad), lower, upper)
     share = 1.0 if k == 0 else 0.75
@@ -53,12 +53,13 @@ def reference_apgd(net, start, center, lower, upper, label, steps, rho=0.75):
     if loss > best[0]:
       best = loss, x, grad
     if k + 1 in reference_checkpoints(steps):
-      few = sum(losses[last_mark:]) < rho * (k + 1 - last_mark)
+      rises, asked = sum(losses[last_mark:]), rho * (k + 1 - last_mark)
+      few = rises <= asked if code else rises < asked
       stuck = not halved_at_mark and best[0] == best_at_mark
       reasons.append((few, stuck))
       if few or stuck:
         step /= 2
-        current, x, grad = best
+        current, x, grad = current if code else best[0], *best[1:]
       halved_at_mark, best_at_mark, last_mark = few or stuck, best[0], k + 1
   return np.stack(path), best[1], step, reasons
 
@@ -66,23 +67,32 @@ def reference_apgd(net, start, center, lower, upper, label, steps, rho=0.75):
 # With rho .4 a checkpoint passes now and then, so that the second condition is asked as well.
 # With rho 0 and windows of one step, the first condition never holds and the second waits.
 @pytest.mark.parametrize(
-  ("rho", "steps", "eps"), [(0.75, 40, 0.15), (0.4, 40, 0.15), (0.0, 6, 0.6)]
+  ("variant", "rho", "steps", "eps"),
+  [
+    ("paper", 0.75, 40, 0.15),
+    ("paper", 0.4, 40, 0.15),
+    ("paper", 0.0, 6, 0.6),
+    ("code", 0.75, 40, 0.15),
+    ("code", 0.4, 40, 0.15),
+  ],
 )
-def test_path_equals_reference(rho, steps, eps):
+def test_path_equals_reference(variant, rho, steps, eps):
   with jax.enable_x64(True):
     # Never broken. Some other seeds end in a cycle whose loss rises by its last digit, so that the
     # two sides may disagree on whether it rose.
     net = SineNet(label_bias=8.0, dtype=np.float64, seed=1)
     x, box, labels = sine_batch(dtype=np.float64, eps=eps)
     found = jax.jit(
-      lambda box: apgd(net.recorded, KEY, box, labels, center=x, steps=steps, rho=rho)
+      lambda box: apgd(
+        net.recorded, KEY, box, labels, center=x, steps=steps, rho=rho, variant=variant
+      )
     )(box)
     visited, outcomes = net.visits()[1:], set()
   assert len(visited) == steps + 1
   for i in range(len(x)):
     lower, upper = np.asarray(box.lower[i]), np.asarray(box.upper[i])
     path, best, step, reasons = reference_apgd(
-      net, visited[0, i], x[i], lower, upper, labels[i], steps, rho
+      net, visited[0, i], x[i], lower, upper, labels[i], steps, rho, variant == "code"
     )
     np.testing.assert_allclose(visited[:, i], path, atol=1e-12)
     np.testing.assert_allclose(found[i], best, atol=1e-12)
@@ -249,6 +259,7 @@ def call(labels=(0, 1), num_classes=4, **options):
     ({"num_targets": 0}, "num_targets is 0"),
     ({"rho": 1.5}, "rho is 1.5"),
     ({"rho": math.nan}, "rho is nan"),
+    ({"variant": "official"}, "variant is 'official'; allowed: code, paper"),
     ({"loss": "margin"}, "loss is 'margin'.*; allowed: ce, dlr, targeted-dlr"),
     ({"loss": "dlr", "num_classes": 3}, "loss is 'dlr', for 4 classes or more; logits_fn returns"),
     ({"loss": "targeted-dlr", "num_classes": 3}, "loss is 'targeted-dlr', for 4 classes or more"),
