@@ -46,6 +46,7 @@ def base() -> ml_collections.ConfigDict:
   config.model.features = (128, 128)  # hidden layers of mlp
   config.model.batch_norm = "all"  # or "conv", "none"
   config.model.initialization = "ibp"  # or "default"
+  config.model.suffix_blocks = 0  # of the convolutions, those that TAPS attacks with the rest
 
   config.objective = ml_collections.ConfigDict()
   config.objective.method = "ibp"  # a name in balance_jax.robust.METHODS

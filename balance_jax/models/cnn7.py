@@ -4,8 +4,10 @@ Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 
 (arXiv 2103.17268), after Gowal et al., 2018 (arXiv 1810.12715).
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
-import jax
 
 from balance_jax.models.image_layers import ImageNetwork
 
@@ -31,7 +33,10 @@ class CNN7(ImageNetwork):
   width: int = 64
   convs: tuple[tuple[int, int], ...] = ((1, 1), (1, 1), (2, 2), (2, 1), (2, 1))
 
-  def trunk(self, x: jax.Array, train: bool) -> jax.Array:
-    for i, (multiple, stride) in enumerate(self.convs):
-      x = nn.relu(self.conv(x, multiple * self.width, f"conv_{i}", train, strides=stride))
-    return x
+  def blocks(self, train: bool) -> list[Callable]:
+    def block(x, i, multiple, stride):
+      return nn.relu(self.conv(x, multiple * self.width, f"conv_{i}", train, strides=stride))
+
+    return [
+      functools.partial(block, i=i, multiple=m, stride=s) for i, (m, s) in enumerate(self.convs)
+    ]

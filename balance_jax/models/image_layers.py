@@ -85,13 +85,13 @@ class Conv(nn.Module):
 
 
 class ImageNetwork(nn.Module):
-  """What the image networks share: normalised pixels, a trunk, a dense layer, the classifier.
+  """What the image networks share: normalised pixels, blocks, a dense layer, the classifier.
 
   Called with x, float (B, H, W, C), pixels in [0, 1], and train; returns logits, float (B, K).
   Every layer but the last is followed by batch normalisation and ReLU. Training mode normalises by
   the batch and updates "batch_stats" (make it mutable); inference mode by "batch_stats". A subclass
-  defines `trunk`. With part="prefix" the feature maps of the trunk are returned, and part="suffix"
-  takes those in place of x: the two halves of the network.
+  defines `blocks`. With part="prefix" the feature maps behind all blocks but the last
+  `suffix_blocks` are returned, and part="suffix" takes those in place of x: the two halves.
 
   Attributes:
     num_classes: K, >= 1.
@@ -103,9 +103,11 @@ class ImageNetwork(nn.Module):
       that boxes are boxes of pixels.
     std: what they are divided by, likewise, each > 0.
     how: see `Conv`.
+    suffix_blocks: blocks that belong to the suffix, >= 0 and fewer than there are.
 
   Raises:
-    ValueError: x not of rank 4, an unknown variant, mean or std of another length than C.
+    ValueError: x not of rank 4, an unknown variant, mean or std of another length than C, too many
+      blocks for the suffix.
   """
 
   num_classes: int = 10
@@ -115,8 +117,9 @@ class ImageNetwork(nn.Module):
   mean: tuple[float, ...] = (0.0,)
   std: tuple[float, ...] = (1.0,)
   how: str = "auto"
+  suffix_blocks: int = 0
 
-  # Whether the trunk ends in relu(a + b).
+  # Whether the last block ends in relu(a + b).
   ends_in_sum: ClassVar[bool] = False
 
   @nn.compact
@@ -125,16 +128,23 @@ class ImageNetwork(nn.Module):
     _checks.check_choice("initialization", self.initialization, INITIALIZATIONS)
     _checks.check_choice("part", part, PARTS)
     _checks.check_shape("x", x, (None, None, None, None))
-    if part != "suffix":
-      x = self.trunk(normalize_pixels(x, self.mean, self.std), train)
+    blocks = self.blocks(train)
+    _checks.check_number(
+      "suffix_blocks", self.suffix_blocks, low=0, high=len(blocks) - 1, integer=True
+    )
+    split = len(blocks) - self.suffix_blocks
+    x = x if part == "suffix" else normalize_pixels(x, self.mean, self.std)
+    chosen = {"all": blocks, "prefix": blocks[:split], "suffix": blocks[split:]}[part]
+    for block in chosen:
+      x = block(x)
     if part == "prefix":
       return x
     x = dense_layer(x.reshape(len(x), -1), self.dense, "dense", self.kernel_init(self.ends_in_sum))
     x = norm_layer(x, "dense_norm", train) if self.batch_norm == "all" else x
     return dense_layer(nn.relu(x), self.num_classes, "head")
 
-  def trunk(self, x: jax.Array, train: bool) -> jax.Array:
-    """Feature maps, float (B, H', W', C'), behind a ReLU."""
+  def blocks(self, train: bool) -> list[Callable]:
+    """Functions of feature maps, float (B, H, W, C), one after the other; each ends in a ReLU."""
     raise NotImplementedError
 
   def conv(

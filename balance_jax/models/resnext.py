@@ -4,10 +4,11 @@ Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 
 (arXiv 2103.17268), after Xie et al., 2017 (arXiv 1611.05431).
 """
 
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 
 from balance_jax.models.image_layers import ImageNetwork
 
@@ -35,12 +36,19 @@ class ResNeXt(ImageNetwork):
 
   ends_in_sum: ClassVar[bool] = True
 
-  def trunk(self, x: jax.Array, train: bool) -> jax.Array:
-    x = nn.relu(self.conv(x, 64, "conv", train))
-    for i, stride in enumerate((1, 2, 2)):
-      inner = self.cardinality * self.base_width * 2**i
-      x = self._block(x, inner, stride, f"block_{i}", train, after_sum=i > 0)
-    return x
+  def blocks(self, train: bool) -> list[Callable]:
+    rest = [
+      functools.partial(
+        self._block,
+        inner=self.cardinality * self.base_width * 2**i,
+        stride=stride,
+        name=f"block_{i}",
+        train=train,
+        after_sum=i > 0,
+      )
+      for i, stride in enumerate((1, 2, 2))
+    ]
+    return [lambda x: nn.relu(self.conv(x, 64, "conv", train)), *rest]
 
   def _block(self, x, inner, stride, name, train, after_sum):
     point = {"kernel_size": (1, 1), "padding": 0}

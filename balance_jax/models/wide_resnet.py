@@ -4,10 +4,11 @@ Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 
 (arXiv 2103.17268), after Zagoruyko and Komodakis, 2016 (arXiv 1605.07146).
 """
 
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 
 from balance_jax.models.image_layers import ImageNetwork
 
@@ -32,11 +33,19 @@ class WideResNet8(ImageNetwork):
 
   ends_in_sum: ClassVar[bool] = True
 
-  def trunk(self, x: jax.Array, train: bool) -> jax.Array:
-    x = nn.relu(self.conv(x, 16, "conv", train))
-    for i, stride in enumerate((1, 2, 2)):
-      x = self._block(x, 16 * 2**i * self.widen, stride, f"block_{i}", train, after_sum=i > 0)
-    return x
+  def blocks(self, train: bool) -> list[Callable]:
+    rest = [
+      functools.partial(
+        self._block,
+        features=16 * 2**i * self.widen,
+        stride=stride,
+        name=f"block_{i}",
+        train=train,
+        after_sum=i > 0,
+      )
+      for i, stride in enumerate((1, 2, 2))
+    ]
+    return [lambda x: nn.relu(self.conv(x, 16, "conv", train)), *rest]
 
   def _block(self, x, features, stride, name, train, after_sum):
     enter = {"strides": stride, "after_sum": after_sum}

@@ -176,7 +176,7 @@ def _make_model(spec: Mapping[str, Any], num_classes: int, mean, std):
     _checks.check_choice("model.batch_norm", spec["batch_norm"], ("all", "none"))
     norm = spec["batch_norm"] == "all"
     return models.MLP(features=tuple(spec["features"]), batch_norm=norm, **shared)
-  shared |= {"dense": spec["dense"], "batch_norm": spec["batch_norm"]}
+  shared |= {key: spec[key] for key in ("dense", "batch_norm", "suffix_blocks")}
   if spec["name"] == "cnn7":
     convs = tuple(tuple(pair) for pair in spec["convs"])
     return models.CNN7(width=spec["width"], convs=convs, **shared)

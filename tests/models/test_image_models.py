@@ -199,6 +199,27 @@ def test_conv_equals_that_of_flax(kernel, strides, padding, groups):
   )
 
 
+@pytest.mark.parametrize(
+  ("model", "shapes"),
+  [
+    (CNN7(width=2, dense=4), [(4, 4, 4), (4, 4, 4), (4, 4, 4), (8, 8, 2), (8, 8, 2)]),
+    (WideResNet8(widen=1, dense=4), [(2, 2, 64), (4, 4, 32), (8, 8, 16), (8, 8, 16)]),
+    (ResNeXt(base_width=2, dense=4), [(2, 2, 32), (4, 4, 16), (8, 8, 8), (8, 8, 64)]),
+  ],
+  ids=["cnn7", "wide resnet", "resnext"],
+)
+def test_the_two_halves_are_the_whole(model, shapes):
+  x = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  whole = model.apply(variables, x)
+  for suffix_blocks, shape in enumerate(shapes):
+    half = functools.partial(model.clone(suffix_blocks=suffix_blocks).apply, variables)
+    latent = half(x, part="prefix")
+    assert latent.shape == (2, *shape)
+    assert float(latent.min()) >= 0
+    np.testing.assert_array_equal(half(latent, part="suffix"), whole)
+
+
 IMAGES = np.zeros((1, 8, 8, 3), np.float32)
 
 
@@ -207,6 +228,7 @@ IMAGES = np.zeros((1, 8, 8, 3), np.float32)
   [
     (CNN7(batch_norm="some"), IMAGES, "batch_norm is 'some'.*allowed: all, conv, none"),
     (CNN7(initialization="ibpp"), IMAGES, r"initialization is 'ibpp' \(did you mean 'ibp'"),
+    (CNN7(suffix_blocks=5), IMAGES, r"suffix_blocks is 5; allowed: \[0, 4\]"),
     (CNN7(how="fft"), IMAGES, "how is 'fft'"),
     (CNN7(), IMAGES[0], r"x has shape \(8, 8, 3\)"),
     (CNN7(mean=(0.1, 0.2)), IMAGES, r"mean is \(0.1, 0.2\); expected one number or 3"),
