@@ -104,6 +104,10 @@ def base() -> ml_collections.ConfigDict:
   config.seeds = (10, 11, 12, 13)
   config.selection = "certified"  # what chooses a setting on validation data; or "mean"
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
+  config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
+  config.mesh.data = 1  # parts of a batch; -1 for all devices
+  config.mesh.model = 1  # parts of a matrix of the decoder
+  config.mesh.shard_parameters = False  # along the parts of a batch too, to save memory
   config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
   return config
 

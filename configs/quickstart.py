@@ -83,5 +83,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Numbers of the optimizer to sweep, such as {"learning_rate": (3e-3, 1e-2)}; one program for all.
   config.sweep = ml_collections.ConfigDict()
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
+  config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
+  config.mesh.data = 1  # parts of a batch; -1 for all devices
+  config.mesh.model = 1  # parts of a matrix of the decoder
+  config.mesh.shard_parameters = False  # along the parts of a batch too, to save memory
   config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
   return config

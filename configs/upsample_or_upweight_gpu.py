@@ -97,5 +97,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.sweep = ml_collections.ConfigDict()
   config.sweep.learning_rate = (1e-3,)
   config.parallel = "map"  # or "shard": batching the runs by "vmap" would not fit the memory
+  config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
+  config.mesh.data = 1  # parts of a batch; -1 for all devices
+  config.mesh.model = 1  # parts of a matrix of the decoder
+  config.mesh.shard_parameters = False  # along the parts of a batch too, to save memory
   config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
   return config

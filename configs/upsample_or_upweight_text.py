@@ -101,5 +101,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.sweep = ml_collections.ConfigDict()
   config.sweep.learning_rate = (5e-3, 1e-2)
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
+  config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
+  config.mesh.data = 1  # parts of a batch; -1 for all devices
+  config.mesh.model = 1  # parts of a matrix of the decoder
+  config.mesh.shard_parameters = False  # along the parts of a batch too, to save memory
   config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
   return config

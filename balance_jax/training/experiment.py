@@ -129,7 +129,7 @@ def _train(arm: Arm, folder: Workdir, checkpoints, tensorboard: bool) -> float:
     states, done = arm.runs.init(), 0
     folder.metrics.unlink(missing_ok=True)
   else:
-    states, extra = checkpoints.restore(jax.eval_shape(arm.runs.init))
+    states, extra = checkpoints.restore(arm.runs.shapes())
     before = extra["seconds"]
     print(f"resuming at step {done} of {train['steps']}", file=sys.stderr)
   began = time.monotonic()
@@ -163,7 +163,7 @@ def _train(arm: Arm, folder: Workdir, checkpoints, tensorboard: bool) -> float:
       if done % train["eval_every"] == 0 or last:
         log.write(measured_records(arm, states, "eval", arm.evaluate, arm.validation))
       if arm.measure is not None and done % train["variance_every"] == 0:
-        log.write(measured_records(arm, states, "moments", arm.measure, arm.table))
+        log.write(measured_records(arm, states, "moments", arm.measure, arm.runs.table))
       progress.update(done, group_means(arm, metrics))
       if last and arm.test is not None:
         log.write(measured_records(arm, states, "test", arm.evaluate, arm.test))

@@ -22,6 +22,7 @@ from balance_jax.training.mixture_report import (
   write_mixture_report,
 )
 from balance_jax.training.optimizers import SWEEPABLE, make_optimizer
+from balance_jax.training.sharding import placement
 from balance_jax.training.state import TrainState, init_state
 from balance_jax.training.step import Step, make_step
 from balance_jax.training.sweep import SweepRuns, product
@@ -97,7 +98,8 @@ def _runs(config, table, methods) -> SweepRuns:
     run_key, init_key = jax.random.split(jax.random.key(cell["seed"]))
     return init_state(run_key, init_params(init_key), step)
 
-  return SweepRuns(build, init, _cells(config), table, how=config["parallel"])
+  place = {"how": config["parallel"], "placement": placement(config["mesh"])}
+  return SweepRuns(build, init, _cells(config), table, **place)
 
 
 def _evaluate(step, state, batches) -> dict:

@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from balance_jax import _checks
+from balance_jax.training.sharding import DATA as AXIS
+from balance_jax.training.sharding import Placement
 from balance_jax.training.state import TrainState
 from balance_jax.training.step import Step
 
 HOW = ("jit", "shard_map", "pmap")
-AXIS = "data"
 
 
 def data_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
@@ -55,20 +56,8 @@ def data_parallel(step: Step, how: str = "jit", mesh: jax.sharding.Mesh | None =
   """
   _checks.check_choice("how", how, HOW)
   mesh = data_mesh() if mesh is None else mesh
-  if AXIS not in mesh.shape:
-    raise ValueError(f"mesh has the axes {tuple(mesh.shape)}; expected one named {AXIS!r}")
-  parts = mesh.shape[AXIS]
-  if step.batch_size % (parts * step.micro_batches):
-    raise ValueError(
-      f"batch_size is {step.batch_size}; the mesh's {parts} devices times {step.micro_batches} "
-      "micro-batches must divide it"
-    )
-  if how == "jit":
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    return dataclasses.replace(
-      step, constrain=lambda batch: jax.lax.with_sharding_constraint(batch, sharding)
-    )
-  return ShardedStep(step, how, mesh)
+  spread = Placement(mesh).spread(step)
+  return spread if how == "jit" else ShardedStep(step, how, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

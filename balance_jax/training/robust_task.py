@@ -28,6 +28,7 @@ from balance_jax.training.robust_runs import (
   training_examples,
 )
 from balance_jax.training.robust_summary import SELECTIONS, console_table, summarize, verdict
+from balance_jax.training.sharding import placement
 from balance_jax.training.state import init_state
 from balance_jax.training.step import make_step
 from balance_jax.training.sweep import SweepRuns, product
@@ -268,7 +269,8 @@ def make_runs(config, arm, images: Images, cells) -> SweepRuns:
     run_key, init_key = jax.random.split(jax.random.key(cell["seed"]))
     return init_state(run_key, init_variables(init_key)["params"], step)
 
-  return SweepRuns(build, init, cells, images.table, how=config["parallel"])
+  place = {"how": config["parallel"], "placement": placement(config["mesh"])}
+  return SweepRuns(build, init, cells, images.table, **place)
 
 
 def _arm(config, name: str, arm, images: Images) -> Arm:

@@ -21,6 +21,7 @@ from balance_jax.training import byte_text
 from balance_jax.training.batch import Observed
 from balance_jax.training.measure import evaluate
 from balance_jax.training.optimizers import SWEEPABLE, make_optimizer
+from balance_jax.training.sharding import placement
 from balance_jax.training.stability_report import write_stability_report
 from balance_jax.training.stability_summary import console_table, summarize, verdict
 from balance_jax.training.state import init_state
@@ -263,7 +264,8 @@ def make_runs(config, arm, table, cells) -> SweepRuns:
     run_key, init_key = jax.random.split(jax.random.key(cell["seed"]))
     return init_state(run_key, init_params(init_key), step)
 
-  return SweepRuns(build, init, cells, table, how=config["parallel"])
+  place = {"how": config["parallel"], "placement": placement(config["mesh"])}
+  return SweepRuns(build, init, cells, table, **place)
 
 
 def training_loss(decoder, z_coefficient, statistics: bool):

@@ -23,6 +23,7 @@ from balance_jax.mixing.mixer import MEASURED, OBSERVATIONS
 from balance_jax.mixing.quotas import METHODS as ALLOCATIONS
 from balance_jax.stability.health import tree_rms
 from balance_jax.training.batch import Batch, Observed, Share
+from balance_jax.training.sharding import ONE_DEVICE, Placement
 from balance_jax.training.state import Carried, Context, TrainState
 
 METRICS = {
@@ -57,7 +58,7 @@ class Step:
   measure_examples: int
   streams: GroupStreams | None
   carried: Carried | None = None
-  constrain: Callable[[Batch], Batch] = lambda batch: batch
+  placement: Placement = ONE_DEVICE
 
   def draw(self, state: TrainState, table, part=None) -> tuple[TrainState, Batch]:
     """Draws the batch of this step on the device and moves the streams.
@@ -77,6 +78,7 @@ class Step:
     # One key for the whole run: the streams themselves are keyed by group and epoch.
     groups, indices, streams = self.streams.take(state.key, state.streams, counts, self.batch_size)
     weights = self.example_weights(state, groups)
+    groups, indices, weights = self.placement.everywhere((groups, indices, weights))
     if part is not None:
       index, parts = part
       size = self.batch_size // parts
@@ -121,7 +123,8 @@ class Step:
     Returns:
       (float (B,) losses, what the loss function observed, which may be nothing).
     """
-    args = (state.params if params is None else params, rows, key)
+    params = self.placement.whole(state.params if params is None else params)
+    args = (params, self.placement.parts(rows), key)
     if self.carried is not None:
       args += (Context(state.step, state.carried, where),)
     result = self.per_example_loss(*args)
@@ -249,7 +252,7 @@ class Step:
 
     def body(state, _):
       state, batch = self.draw(state, table)
-      return self(state, self.constrain(batch), table)
+      return self(state, self.placement.parts(batch), table)
 
     return jax.lax.scan(body, state, None, length=length)
 

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from balance_jax import _checks
 from balance_jax.training.run import check_finite, concatenate_history
+from balance_jax.training.sharding import ONE_DEVICE, Placement
 from balance_jax.training.state import TrainState
 
 HOW = ("auto", "vmap", "map", "shard")
@@ -192,16 +193,34 @@ class SweepRuns:
     table: the `GroupTable` all runs draw from.
     how: see `sweep`.
     devices: see `sweep`.
+    placement: of every single run. On a mesh all devices work on every run, so `how` cannot be
+      "shard".
   """
 
   def __init__(
-    self, build: Callable, init: Callable, cells, table, *, how: str = "auto", devices=None
+    self,
+    build: Callable,
+    init: Callable,
+    cells,
+    table,
+    *,
+    how: str = "auto",
+    devices=None,
+    placement: Placement = ONE_DEVICE,
   ):
     self.cells = dict(cells) if isinstance(cells, Mapping) else stack_cells(cells)
-    self.table = table
-    self._build, self._init = build, init
+    self._build = lambda cell: placement.spread(build(cell))
+    self._init, self._placement = init, placement
     self._programs: dict[Any, Callable] = {}
-    states = jax.eval_shape(jax.vmap(lambda cell: init(cell, build(cell))), self.cells)
+    if placement.mesh is not None:
+      if how == "shard":
+        raise ValueError(
+          "parallel is 'shard', which spreads runs over devices, with a mesh of "
+          f"{placement.mesh.size} devices for every run; allowed with it: auto, map, vmap"
+        )
+      devices = placement.mesh.devices.flat[:1]
+    self.cells, self.table = placement.put((self.cells, table))
+    states = jax.eval_shape(jax.vmap(lambda cell: init(cell, self._build(cell))), self.cells)
     self._shared = (table, jax.ShapeDtypeStruct((), jnp.int32))
     self._shapes = jax.tree.map(_shape_of_one, (self.cells, states))
     self._one_step = functools.partial(self._advance_one, length=1)
@@ -213,9 +232,20 @@ class SweepRuns:
   def num_runs(self) -> int:
     return len(next(iter(self.cells.values())))
 
+  def compile_step(self) -> jax.stages.Compiled:
+    """One step of one run, to look at."""
+    cell, state = self._shapes
+
+    def program(run, shared):
+      state, metrics = self._one_step(run, shared)
+      return self._placement.hold(state), self._placement.everywhere(metrics)
+
+    shapes = cell, self._placement.shapes(state)
+    return jax.jit(program).lower(shapes, self._shared).compile()
+
   def cost_of_step(self) -> dict[str, float]:
-    """Of one step of one run, as compiled: "flops" and "temporary_bytes"."""
-    compiled = jax.jit(self._one_step).lower(self._shapes, self._shared).compile()
+    """Of one step of one run, as compiled for a device: "flops" and "temporary_bytes"."""
+    compiled = self.compile_step()
     memory = compiled.memory_analysis()
     return {
       "flops": (compiled.cost_analysis() or {}).get("flops", np.nan),
@@ -229,12 +259,21 @@ class SweepRuns:
       cell, _ = run
       return self._init(cell, self._build(cell))
 
-    return self._call("init", init_one, (), ())
+    return self._call("init", init_one, (), (), self._hold)
+
+  def shapes(self) -> TrainState:
+    """Shapes, dtypes and, on a mesh, places of the states, to restore them."""
+    return self._placement.shapes(jax.eval_shape(self.init), leading=1)
 
   def advance(self, states: TrainState, length: int) -> tuple[TrainState, dict]:
     """`length` steps of every run; donates `states`. Metrics have the axes (R, length, ...)."""
     fn = functools.partial(self._advance_one, length=length)
-    return self._call(("advance", length), fn, states, (self.table, states.step[0]), donate=True)
+
+    def finish(found):
+      return self._hold(found[0]), self._placement.everywhere(found[1])
+
+    shared = self.table, states.step[0]
+    return self._call(("advance", length), fn, states, shared, finish, donate=True)
 
   def _advance_one(self, run, shared, length):
     (cell, state), (table, now) = run, shared
@@ -250,14 +289,19 @@ class SweepRuns:
       (cell, state), (arrays, now) = run, inputs
       return fn(self._build(cell), _at_step(state, now), arrays)
 
-    return self._call(fn, apply_one, states, (shared, states.step[0]))
+    shared = self._placement.put(shared), states.step[0]
+    return self._call(fn, apply_one, states, shared, self._placement.everywhere)
 
-  def _call(self, name, fn, states, shared, donate=False):
+  def _hold(self, states: TrainState) -> TrainState:
+    """The states of all runs, inside of a program, where the placement has them."""
+    return self._placement.hold(states, leading=1)
+
+  def _call(self, name, fn, states, shared, finish, donate=False):
     if name not in self._programs:
       mapped = self.plan.map(fn)
 
       def program(cells, states, shared):
-        return mapped((cells, states), shared)
+        return finish(mapped((cells, states), shared))
 
       # The name shows in profiles and compilation logs.
       kind = name[0] if isinstance(name, tuple) else name
