@@ -13,6 +13,10 @@ from ml_collections import config_flags
 
 config_flags.DEFINE_config_file("config", None, "The experiment; see configs/.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, results and report.")
+flags.DEFINE_bool("distributed", False, "One of several processes of a cluster that can be asked.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where it cannot be asked.")
+flags.DEFINE_integer("num_processes", None, "How many processes run this together.")
+flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 flags.DEFINE_bool("dry_run", False, "Print parameters, operations and memory; train nothing.")
 
 
@@ -20,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs one experiment; returns the exit code."""
   import jax
 
-  from balance_jax.training import TrainingDivergedError, experiment
+  from balance_jax.training import experiment, hosts
   from balance_jax.training.config import FlagsError, cache_directory, parse_flags
 
   # Runs of a sweep go to separate CPU devices; must be said before the first use of a device.
@@ -29,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_compilation_cache_dir", cache_directory("compiled"))
   try:
     config, workdir = parse_flags(flags.FLAGS, sys.argv if argv is None else argv)
+    together = [flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
+    if flags.FLAGS.distributed or together != [None] * 3:
+      hosts.start(*together)
     if flags.FLAGS.dry_run:
       print(experiment.describe(config))
     else:
@@ -36,9 +43,15 @@ def main(argv: list[str] | None = None) -> int:
   except experiment.InterruptedRunError as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum
-  except (FlagsError, experiment.BadInputError, TrainingDivergedError, OSError) as error:
+  except (*experiment.FAILURES, FlagsError, hosts.StartError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(f"error: another process is gone ({str(error).splitlines()[0]})", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)  # an orderly end would wait for the other process
   return 0
 
 

@@ -17,13 +17,14 @@ import jax
 
 from balance_jax import _checks
 from balance_jax.data import CorruptedDataError, DatasetNotInstalledError
+from balance_jax.training import hosts
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.coordinate_check import coordinate_check
 from balance_jax.training.dry_run import dry_run, without_data
 from balance_jax.training.language_model import language_model
 from balance_jax.training.metric_log import MetricLog, Progress, read_records
 from balance_jax.training.robust_task import robust_task
-from balance_jax.training.run import check_finite
+from balance_jax.training.run import TrainingDivergedError, check_finite
 from balance_jax.training.stability_task import stability_task
 from balance_jax.training.task import Arm, Task
 from balance_jax.training.workdir import Workdir, flatten, plain
@@ -42,6 +43,10 @@ FINISHED = "finished.json"
 
 class BadInputError(ValueError):
   """The config, the data or the folder cannot be used; the message says which and why."""
+
+
+# What ends a run with one line that says why.
+FAILURES = (BadInputError, TrainingDivergedError, hosts.OtherProcessError, OSError)
 
 
 class InterruptedRunError(RuntimeError):
@@ -68,19 +73,26 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
   folder = Workdir(path)
   with _bad_input():
     _checks.check_choice("task", config["task"], TASKS)
-    if folder.check(config) and (results := folder.read("results.json")) is not None:
-      print(results["table"])
-      print(f"finished before; nothing to do. Report: {folder.report}")
+    if hosts.any_process(bool(hosts.on_main(_finished, config, folder))):
       return
     task = TASKS[config["task"]](config)
     # The first arm now: most of what a config can still get wrong shows in its shapes.
     first = next((build() for build in task.arms.values()), None)
     if first is not None:
       jax.eval_shape(first.runs.init)
-    folder.open(config)
+    hosts.on_main(folder.open, config)
   with contextlib.closing(folder):
     seconds = _run_arms(config, task, folder, first)
-    print(_conclude(config, task, folder, seconds))
+    hosts.on_main(lambda: print(_conclude(config, task, folder, seconds)))
+
+
+def _finished(config, folder: Workdir) -> bool:
+  """Whether the folder holds the results of this config; then says so."""
+  if not folder.check(config) or (results := folder.read("results.json")) is None:
+    return False
+  print(results["table"])
+  print(f"finished before; nothing to do. Report: {folder.report}")
+  return True
 
 
 def _run_arms(config, task: Task, folder: Workdir, first: Arm | None) -> float:
@@ -92,14 +104,19 @@ def _run_arms(config, task: Task, folder: Workdir, first: Arm | None) -> float:
       seconds += finished["seconds"]
       continue
     if name:
-      print(f"arm {index} of {len(task.arms)}: {name}", file=sys.stderr)
+      _say(f"arm {index} of {len(task.arms)}: {name}")
     arm = first if index == 1 else build()
     with Checkpointer(place.checkpoints) as checkpoints:
       took = _train(arm, place, checkpoints, config["tensorboard"])
     if name:
-      place.write(FINISHED, {"seconds": took})
+      hosts.on_main(place.write, FINISHED, {"seconds": took})
     seconds += took
   return seconds
+
+
+def _say(text: str) -> None:
+  if hosts.is_main():
+    print(text, file=sys.stderr)
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -127,20 +144,16 @@ def _train(arm: Arm, folder: Workdir, checkpoints, tensorboard: bool) -> float:
   done, before = checkpoints.latest_step(), 0.0
   if not done:
     states, done = arm.runs.init(), 0
-    folder.metrics.unlink(missing_ok=True)
+    hosts.on_main(lambda: folder.metrics.unlink(missing_ok=True))
   else:
     states, extra = checkpoints.restore(arm.runs.shapes())
     before = extra["seconds"]
-    print(f"resuming at step {done} of {train['steps']}", file=sys.stderr)
+    _say(f"resuming at step {done} of {train['steps']}")
   began = time.monotonic()
-  board = folder.tensorboard if tensorboard else None
-  resume_step = done if folder.metrics.exists() else None
   with (
     _signals() as caught,
-    MetricLog(
-      folder.metrics, resume_step=resume_step, tensorboard_dir=board, groups=arm.groups
-    ) as log,
-    Progress(train["steps"], arm.runs.num_runs, start_step=done) as progress,
+    _log(arm, folder, done, tensorboard) as log,
+    _progress(arm, done) as progress,
   ):
 
     def elapsed():
@@ -167,13 +180,29 @@ def _train(arm: Arm, folder: Workdir, checkpoints, tensorboard: bool) -> float:
       progress.update(done, group_means(arm, metrics))
       if last and arm.test is not None:
         log.write(measured_records(arm, states, "test", arm.evaluate, arm.test))
-      if done % train["checkpoint_every"] == 0 or last or caught:
+      # A signal may reach one process only; all stop after the same chunk.
+      stop = hosts.any_process(bool(caught))
+      if done % train["checkpoint_every"] == 0 or last or stop:
         save()
-      if caught and not last:
-        raise InterruptedRunError(caught[0], done, folder.path)
-    if caught:  # the last step is saved; a next arm must not start
-      raise InterruptedRunError(caught[0], done, folder.path)
+      if stop:  # after the last step too: a next arm must not start
+        raise InterruptedRunError(caught[0] if caught else signal.SIGTERM, done, folder.path)
     return elapsed()
+
+
+def _log(arm: Arm, folder: Workdir, done: int, tensorboard: bool):
+  if not hosts.is_main():
+    return hosts.Silent()
+  board = folder.tensorboard if tensorboard else None
+  resume_step = done if folder.metrics.exists() else None
+  return MetricLog(
+    folder.metrics, resume_step=resume_step, tensorboard_dir=board, groups=arm.groups
+  )
+
+
+def _progress(arm: Arm, done: int):
+  if not hosts.is_main():
+    return hosts.Silent()
+  return Progress(arm.train["steps"], arm.runs.num_runs, start_step=done)
 
 
 def _check_runs(arm: Arm, metrics, first_step: int) -> None:

@@ -114,7 +114,11 @@ class Placement:
 
   def put(self, tree: Any) -> Any:
     """A pytree of arrays, the same in every process, copied to every device."""
-    return tree if self.mesh is None else jax.device_put(tree, self._at())
+    if self.mesh is None:
+      return tree
+    if jax.process_count() > 1:  # an array of one process is no part of a global one
+      tree = jax.device_get(tree)
+    return jax.device_put(tree, self._at())
 
   def everywhere(self, tree: Any) -> Any:
     """Inside of a program: every device has all of the arrays."""
@@ -179,10 +183,17 @@ def placement(spec: Mapping[str, Any]) -> Placement:
 
   Args:
     spec: "data", "model" and "shard_parameters"; see `make_mesh` and `Placement`.
+
+  Raises:
+    ValueError: as `make_mesh`, or devices left out where there are several processes.
   """
   mesh = make_mesh(spec["data"], spec["model"])
-  several = mesh.size > 1 or jax.process_count() > 1
-  return Placement(mesh, spec["shard_parameters"]) if several else ONE_DEVICE
+  if jax.process_count() > 1 and mesh.size < jax.device_count():
+    raise ValueError(
+      f"mesh.data x mesh.model is {spec['data']} x {spec['model']}; expected all "
+      f"{jax.device_count()} devices of the {jax.process_count()} processes: --config.mesh.data=-1"
+    )
+  return Placement(mesh, spec["shard_parameters"]) if mesh.size > 1 else ONE_DEVICE
 
 
 def _name(path) -> str:

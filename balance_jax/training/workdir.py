@@ -44,6 +44,7 @@ class Workdir:
     self.metrics = self.path / "metrics.jsonl"
     self.report = self.path / "report.html"
     self.tensorboard = self.path / "tensorboard"
+    self._lock = None
 
   def below(self, name: str) -> "Workdir":
     """The folder of a part of the run; the folder itself for the empty name."""
@@ -107,8 +108,9 @@ class Workdir:
       self.write("config.json", plain(config))
 
   def close(self) -> None:
-    """Gives the folder back; it may be opened again."""
-    self._lock.close()
+    """Gives the folder back, where this process has it; it may be opened again."""
+    if self._lock is not None:
+      self._lock.close()
 
   def write(self, name: str, value: Any) -> None:
     """Writes a JSON file whole or not at all."""

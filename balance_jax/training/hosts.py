@@ -1,0 +1,101 @@
+"""Several processes that run one program together: how they start, agree and end.
+
+Process 0 alone writes config, logs, results and report; all of them save checkpoints, into a folder
+that they share.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class OtherProcessError(RuntimeError):
+  """Another process failed; its own message says why."""
+
+
+class StartError(ValueError):
+  """The processes could not be joined; the message says what is wrong or missing."""
+
+
+def start(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the other processes; before the first use of a device.
+
+  Args:
+    coordinator: host:port of process 0, the same for all; None to ask the cluster (Cloud TPU,
+      SLURM, Open MPI, Kubernetes).
+    num_processes: how many there are, >= 1; None to ask the cluster.
+    process_id: which one this is, from 0; None to ask the cluster.
+
+  Raises:
+    StartError: some of them without the others, or no cluster that could be asked.
+  """
+  given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+  missing = [f"--{name}" for name, value in given.items() if value is None]
+  if 0 < len(missing) < len(given):
+    raise StartError(f"{', '.join(missing)} missing; give all of --{', --'.join(given)}, or none")
+  if not missing and not 0 <= process_id < num_processes:
+    raise StartError(f"process_id is {process_id}; allowed: 0 to {num_processes - 1}")
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  except (ValueError, RuntimeError) as error:
+    raise StartError(
+      f"the processes did not find each other ({error}); give --coordinator, --num_processes and "
+      "--process_id where the cluster is not one that can be asked"
+    ) from error
+
+
+def is_main() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set in at least one process; all must ask together."""
+  if jax.process_count() == 1:
+    return flag
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def on_main(fn: Callable, *args) -> Any:
+  """fn(*args) in process 0, while the others wait.
+
+  Returns:
+    What fn returned, in process 0; None elsewhere.
+
+  Raises:
+    OtherProcessError: in the others, where fn raised; process 0 has what it raised.
+  """
+  result, error = None, None
+  if is_main():
+    try:
+      result = fn(*args)
+    except Exception as raised:  # told to the others first, who would wait for ever
+      error = raised
+  failed = any_process(error is not None)
+  if error is not None:
+    raise error
+  if failed:
+    raise OtherProcessError("process 0 stopped; its message says why")
+  return result
+
+
+class Silent:
+  """In place of a log or a progress line in all processes but 0."""
+
+  def write(self, records) -> None:
+    pass
+
+  def update(self, step, means) -> None:
+    pass
+
+  def __enter__(self) -> "Silent":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    pass
