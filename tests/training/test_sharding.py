@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from balance_jax import training
+from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.sharding import ONE_DEVICE, Placement, make_mesh, placement
 from tests.training import mesh_runs
 
@@ -41,6 +43,21 @@ def test_a_mesh_equals_one_device(name, data, model, shard_parameters, one_devic
 def test_batched_runs_share_a_mesh_too(one_device):
   runs = mesh_runs.decoder_runs(Placement(make_mesh(4, 2)), how="vmap")
   np.testing.assert_allclose(mesh_runs.losses_of(runs), one_device["decoder"], **TOLERANCE)
+
+
+def test_a_run_goes_on_with_fewer_devices(tmp_path):
+  """Saved and restored on 8, 4, 2 devices and one, two steps on each, but for rounding."""
+  history = []
+  for i, devices in enumerate((8, 4, 2, 1)):
+    spec = {"data": devices, "model": 1, "shard_parameters": True}
+    runs = mesh_runs.decoder_runs(placement(spec))
+    with Checkpointer(tmp_path) as checkpoints:
+      states = checkpoints.restore(runs.shapes())[0] if i else runs.init()
+      states, metrics = training.run_sweep(runs, 2, chunk=2, states=states)
+      checkpoints.save(2 * (i + 1), states)
+    history.append(metrics["loss"])
+  _, whole = training.run_sweep(mesh_runs.decoder_runs(), 8, chunk=2)
+  np.testing.assert_allclose(np.concatenate(history, axis=1), whole["loss"], rtol=1e-4)
 
 
 def test_devices_speak_once_a_step():
