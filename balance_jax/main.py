@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
   from balance_jax.training import TrainingDivergedError, experiment
   from balance_jax.training.config import FlagsError, cache_directory, parse_flags
+  from balance_jax.training.signals import InterruptedRunError
 
   # Runs of a sweep go to separate CPU devices; must be said before the first use of a device.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
       print(experiment.describe(config))
     else:
       experiment.run_experiment(config, workdir)
-  except experiment.InterruptedRunError as stop:
+  except InterruptedRunError as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum
   except (FlagsError, experiment.BadInputError, TrainingDivergedError, OSError) as error:
