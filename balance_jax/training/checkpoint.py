@@ -50,7 +50,9 @@ class Checkpointer:
       max_to_keep=None, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
     self._directory = Path(directory).absolute()
-    self._manager = ocp.CheckpointManager(self._directory, options=options)
+    self._manager = ocp.CheckpointManager(
+      self._directory, options=options, handler_registry=_handlers(ocp)
+    )
 
   def save(self, step: int, state: Any, extra: Any = None, score: float | None = None) -> None:
     """Writes a checkpoint, then removes those that need not be kept.
@@ -71,7 +73,7 @@ class Checkpointer:
     args = self._ocp.args
     with self._undone_on_failure(step):
       self._manager.save(
-        step, args=args.Composite(state=args.StandardSave(state), extra=args.JsonSave([extra]))
+        step, args=args.Composite(state=args.PyTreeSave(state), extra=args.JsonSave([extra]))
       )
       self._manager.wait_until_finished()
       self._seal(step, score)
@@ -202,6 +204,20 @@ class Checkpointer:
 
   def __exit__(self, *exc_info) -> None:
     self.close()
+
+
+def _handlers(ocp):
+  """Orbax's own, but that the state is written as it is.
+
+  The digits of floats are noise: compressing them saves a tenth and takes most of the time.
+  """
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  state, extra = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
+  registry.add("state", ocp.args.PyTreeSave, state)
+  registry.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
+  registry.add("extra", ocp.args.JsonSave, extra)
+  registry.add("extra", ocp.args.JsonRestore, extra)
+  return registry
 
 
 def _digest(path: Path) -> str:

@@ -55,7 +55,9 @@ def assert_same(path, expected, target):
     with Checkpointer(folder / "checkpoints") as checkpoints:
       assert checkpoints.latest_step() == 12
       states.append(checkpoints.restore(target)[0])
-  assert {p.name for p in (path / "checkpoints").iterdir()} == {"8", "12"}
+  # An older one may be left where the kill fell between a save and the removal.
+  kept = {p.name for p in (path / "checkpoints").iterdir()}
+  assert {"8", "12"} <= kept <= {"4", "8", "12"}
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
       a, b = jax.random.key_data(a), jax.random.key_data(b)
