@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
   from balance_jax.training import experiment, hosts
   from balance_jax.training.config import FlagsError, cache_directory, parse_flags
+  from balance_jax.training.signals import InterruptedRunError
 
   # Runs of a sweep go to separate CPU devices; must be said before the first use of a device.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
       print(experiment.describe(config))
     else:
       experiment.run_experiment(config, workdir)
-  except experiment.InterruptedRunError as stop:
+  except InterruptedRunError as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum
   except (*experiment.FAILURES, FlagsError, hosts.StartError) as error:

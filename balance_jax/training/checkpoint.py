@@ -1,15 +1,34 @@
 """Saving and restoring the whole state of a run with orbax.
 
 A checkpoint holds the state (typed keys and every dtype included) and a small JSON value. Orbax
-writes into a temporary folder and renames it, so an interrupted save leaves the last one intact.
+writes into a temporary folder and renames it; then a seal is added, the SHA-256 of every file. What
+has no seal, or does not agree with it, is no checkpoint: the one before it is used.
 """
 
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from balance_jax import _checks
+from balance_jax.training import hosts
+from balance_jax.training.metric_log import replace_file
+
+# Lies in the folder of the checkpoint and goes with it.
+SEAL = "seal.json"
+
+
+class CheckpointError(OSError):
+  """A checkpoint cannot be written, or none of those there can be used; says why."""
 
 
 class Checkpointer:
@@ -17,64 +36,167 @@ class Checkpointer:
 
   Args:
     directory: folder of the checkpoints; made when missing.
-    max_to_keep: how many of the newest to keep, >= 1.
+    max_to_keep: how many of the newest to keep, >= 1. The one with the best score is kept as well.
   """
 
   def __init__(self, directory, max_to_keep: int = 2):
     import orbax.checkpoint as ocp  # heavy, so only where checkpoints are used
 
     _checks.check_number("max_to_keep", max_to_keep, low=1, integer=True)
-    self._ocp = ocp
+    self._ocp, self._max_to_keep = ocp, max_to_keep
     # Synchronous: the state is donated to the next step, so it must be on disk before that starts.
+    # All are kept: orbax would remove the old one before the new one has its seal.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep, enable_async_checkpointing=False
+      max_to_keep=None, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
-    self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    self._directory = Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+      self._directory, options=options, handler_registry=_handlers(ocp)
+    )
 
-  def save(self, step: int, state: Any, extra: Any = None) -> None:
-    """Writes a checkpoint.
+  def save(self, step: int, state: Any, extra: Any = None, score: float | None = None) -> None:
+    """Writes a checkpoint, then removes those that need not be kept.
 
     Args:
-      step: its number; a step already saved is left as it is.
+      step: its number, larger than those before it; a step already saved is left as it is.
       state: pytree of arrays.
       extra: any JSON value, such as what the host has to remember.
+      score: how good the state is, the lower the better; None, or not finite, counts for nothing.
+
+    Raises:
+      CheckpointError: the disk refused; nothing of this checkpoint is left, the others are whole.
     """
     if step in self._manager.all_steps():
-      return
+      if self._damage(step) is None:
+        return
+      self._manager.delete(step)
     args = self._ocp.args
-    self._manager.save(
-      step, args=args.Composite(state=args.StandardSave(state), extra=args.JsonSave([extra]))
-    )
-    self._manager.wait_until_finished()
+    with self._undone_on_failure(step):
+      self._manager.save(
+        step, args=args.Composite(state=args.PyTreeSave(state), extra=args.JsonSave([extra]))
+      )
+      self._manager.wait_until_finished()
+      hosts.on_main(self._seal, step, score)
+    newest = sorted(self._manager.all_steps())[-self._max_to_keep :]
+    superseded = sorted(set(self._manager.all_steps()) - {*newest, self.best_step()})
+    hosts.wait_for_all()  # all have looked before one deletes
+    for old in superseded:
+      self._manager.delete(old)
 
   def latest_step(self) -> int | None:
-    """Number of the newest checkpoint, or None."""
-    return self._manager.latest_step()
+    """Number of the newest checkpoint, usable or not, or None."""
+    return max(self._manager.all_steps(), default=None)
+
+  def best_step(self) -> int | None:
+    """Number of the checkpoint with the lowest score, the newest of equals, or None."""
+    scores = {step: self._sealed(step).get("score") for step in self._manager.all_steps()}
+    known = [(score, -step) for step, score in scores.items() if score is not None]
+    return -min(known)[1] if known else None
 
   def restore(self, target: Any, step: int | None = None) -> tuple[Any, Any]:
-    """Reads a checkpoint back.
+    """Reads a checkpoint back after comparing it with its seal.
+
+    Without a step it is the newest that can be used. Newer ones are named on standard error, with
+    what is wrong, and removed once the older one has been read.
 
     Args:
       target: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes to expect; a
         sharding in it decides where the arrays go.
-      step: its number; the newest by default.
+      step: its number.
 
     Returns:
       (state, extra).
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      CheckpointError: no checkpoint, or not the one asked for, agrees with its seal.
       ValueError: from orbax, when tree or shapes differ from the target.
     """
-    step = self.latest_step() if step is None else step
-    if step is None:
-      raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
+    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    if not steps:
+      raise FileNotFoundError(f"no checkpoint in {self._directory}")
+    damages = []
+    for number in steps:
+      damage = self._damage(number)
+      if damage is None:
+        break
+      damages.append(f"checkpoint {self._directory / str(number)} cannot be used: {damage}")
+    else:
+      raise CheckpointError(
+        f"{'; '.join(damages)}; no other is left: restore the folder from a copy, or remove it to "
+        "start again"
+      )
     args = self._ocp.args
     abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, target)
     restored = self._manager.restore(
-      step, args=args.Composite(state=args.StandardRestore(abstract), extra=args.JsonRestore())
+      number, args=args.Composite(state=args.StandardRestore(abstract), extra=args.JsonRestore())
     )
+    for damaged, message in zip(steps, damages, strict=False):
+      hosts.say(f"{message}; going back to step {number}")
+      self._manager.delete(damaged)
     return restored.state, restored.extra[0]
+
+  @contextlib.contextmanager
+  def _undone_on_failure(self, step: int):
+    """Removes what a failing save leaves; what the disk complained of becomes one line."""
+    # Orbax would also log the tracebacks of its threads; ours has them as its cause.
+    log = logging.getLogger("absl")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+      yield
+    except Exception as error:
+      for path in self._directory.glob(f"{step}*"):
+        if path.name.partition(".")[0] == str(step):
+          shutil.rmtree(path, ignore_errors=True)
+      self._manager.reload()
+      reason = _os_reason(error)
+      if reason is None:
+        raise
+      raise CheckpointError(
+        f"checkpoint {self._directory / str(step)} cannot be written: {reason}; the same command "
+        f"goes on from {_named(self.latest_step())}"
+      ) from error
+    finally:
+      log.disabled = was_disabled
+
+  def _files(self, step: int) -> list[Path]:
+    folder = self._directory / str(step)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+  def _seal(self, step: int, score: float | None) -> None:
+    """Writes the digests of all files, last and whole: from now on the checkpoint counts."""
+    folder = self._directory / str(step)
+    files = {path.relative_to(folder).as_posix(): path for path in self._files(step)}
+    digests = dict(zip(files, _digests(files.values()), strict=True))
+    known = score is not None and math.isfinite(score)
+    content = {"files": digests, "score": float(score) if known else None}
+    seal = {**content, "seal": _digest_of(content)}
+    replace_file(folder / SEAL, json.dumps(seal, indent=2).encode())
+
+  def _sealed(self, step: int) -> dict[str, Any]:
+    """What the seal says; empty where it is missing or damaged itself."""
+    try:
+      content = json.loads((self._directory / str(step) / SEAL).read_bytes())
+      return content if content.pop("seal") == _digest_of(content) else {}
+    except (OSError, ValueError, KeyError, AttributeError):
+      return {}
+
+  def _damage(self, step: int) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    folder = self._directory / str(step)
+    if not (folder / SEAL).exists():
+      return "its save was not finished"
+    sealed = self._sealed(step)
+    if not sealed:
+      return f"{SEAL} is damaged"
+    try:
+      found = _digests(folder / name for name in sealed["files"])
+    except OSError as error:
+      return f"{error.filename} cannot be read ({error.strerror})"
+    for (name, digest), now in zip(sealed["files"].items(), found, strict=True):
+      if digest != now:
+        return f"{name} has changed since it was written"
+    return None
 
   def close(self) -> None:
     self._manager.close()
@@ -84,3 +206,45 @@ class Checkpointer:
 
   def __exit__(self, *exc_info) -> None:
     self.close()
+
+
+def _handlers(ocp):
+  """Orbax's own, but that the state is written as it is.
+
+  The digits of floats are noise: compressing them saves a tenth and takes most of the time.
+  """
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  state, extra = ocp.PyTreeCheckpointHandler(use_compression=False), ocp.JsonCheckpointHandler()
+  registry.add("state", ocp.args.PyTreeSave, state)
+  registry.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
+  registry.add("extra", ocp.args.JsonSave, extra)
+  registry.add("extra", ocp.args.JsonRestore, extra)
+  return registry
+
+
+def _digest(path: Path) -> str:
+  """SHA-256 of a file, which is on the disk itself afterwards."""
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(paths) -> list[str]:
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+    return list(pool.map(_digest, paths))
+
+
+def _digest_of(content: dict) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _os_reason(error: BaseException) -> str | None:
+  """What the operating system said; TensorStore has its number in the text of a ValueError."""
+  if isinstance(error, OSError):
+    return error.strerror or str(error)
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else None
+
+
+def _named(step: int | None) -> str:
+  return "the beginning" if step is None else f"step {step}"

@@ -4,6 +4,7 @@ Process 0 alone writes config, logs, results and report; all of them save checkp
 that they share.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,12 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+  """A line on standard error, of process 0."""
+  if is_main():
+    print(text, file=sys.stderr)
+
+
 def any_process(flag: bool) -> bool:
   """Whether the flag is set in at least one process; all must ask together."""
   if jax.process_count() == 1:
@@ -60,6 +67,11 @@ def any_process(flag: bool) -> bool:
   from jax.experimental import multihost_utils
 
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def wait_for_all() -> None:
+  """Until every process has come here."""
+  any_process(False)
 
 
 def on_main(fn: Callable, *args) -> Any:
@@ -93,6 +105,12 @@ class Silent:
 
   def update(self, step, means) -> None:
     pass
+
+  def sync(self) -> None:
+    pass
+
+  def is_empty(self) -> bool:
+    return False
 
   def __enter__(self) -> "Silent":
     return self

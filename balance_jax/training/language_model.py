@@ -39,6 +39,8 @@ def language_model(config: Mapping[str, Any]) -> Task:
   from balance_jax import models
 
   check_schedule(config["train"], "variance_every")
+  rollbacks = config["train"]["max_rollbacks"]
+  _checks.check_number("train.max_rollbacks", rollbacks, low=0, integer=True)
   mixers = _check_config(config)
   spec, train = config["data"], config["train"]
   table = byte_text.load_table(spec, "train")
@@ -55,6 +57,8 @@ def language_model(config: Mapping[str, Any]) -> Task:
       gradient_variance, examples=train["variance_examples"], batches=train["variance_batches"]
     ),
     train=train,
+    max_rollbacks=train["max_rollbacks"],
+    score="group_loss",
   )
   if config["reference"]:
     _checks.check_choice("reference", config["reference"], {x["method"] for x in arm.labels})

@@ -6,6 +6,7 @@ example) are null: the file is strict JSON and any reader can load it.
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -31,13 +32,24 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
   # In the same folder, because os.replace is atomic only within one file system.
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb") as file, _named_in_errors(path):
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: str | os.PathLike):
+  """A full disk does not say which file it could not hold."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = str(path)
+    raise
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -141,10 +153,11 @@ class MetricLog:
         )
       _cut(path, int(resume_step))
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+    # Without a buffer, which would keep what the disk refused and try it again.
+    self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
   def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one line a record and flushes, so that a crash loses at most the line in flight.
+    """Appends one line a record at once, so that a crash loses at most the line in flight.
 
     Args:
       records: dicts with an int `step` >= 0; values are numbers, strings, None, lists, dicts or
@@ -152,16 +165,35 @@ class MetricLog:
 
     Raises:
       ValueError: a record has no valid `step` or holds another type; nothing is written then.
+      OSError: the disk is full or refuses; none of the records is left in the file.
     """
     plain = [_to_json(record, "record") for record in records]
     for record in plain:
       if not _is_step(record.get("step")):
         raise ValueError(f"every record needs an int step >= 0, got step={record.get('step')!r}")
     lines = [json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in plain]
-    self._file.write("".join(lines).encode("utf-8"))
-    self._file.flush()
+    self._append("".join(lines).encode("utf-8"))
     if self._tensorboard is not None:
       self._tensorboard.write(plain)
+
+  def _append(self, data: bytes) -> None:
+    size = self._file.seek(0, os.SEEK_END)
+    rest = memoryview(data)
+    try:
+      with _named_in_errors(self._file.name):
+        while rest:
+          rest = rest[self._file.write(rest) :]
+    except OSError:
+      self._file.truncate(size)
+      raise
+
+  def is_empty(self) -> bool:
+    """Whether no record has been written yet, by this or an earlier process."""
+    return self._file.seek(0, os.SEEK_END) == 0
+
+  def sync(self) -> None:
+    """Waits until all records are on the disk itself."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the files; closing twice is harmless."""

@@ -32,6 +32,10 @@ class Arm:
     measure: as evaluate, of the training table, every `train.variance_every` steps; or None.
     train: the step counts, see `check_schedule`.
     allow_divergence: whether a loss that is not finite is a result instead of an error.
+    max_rollbacks: how often an arm may go back to its last checkpoint after such an error, with
+      another data order for the runs it happened to; 0 stops at the first.
+    score: field of the evaluation records whose mean over runs and groups, the lower the better,
+      says which checkpoint is kept as the best; None for none.
   """
 
   runs: SweepRuns
@@ -45,6 +49,8 @@ class Arm:
   measure: Callable[..., dict] | None
   train: Mapping[str, Any]
   allow_divergence: bool = False
+  max_rollbacks: int = 0
+  score: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

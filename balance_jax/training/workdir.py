@@ -7,6 +7,7 @@ refused with the keys that differ.
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,18 @@ class Workdir:
     if not existing.is_dir():
       raise WorkdirError(f"workdir {self.path}: {existing} is not a folder")
     # A trial file: for the superuser of a read-only file system os.access says yes.
-    probe = existing / f".balance_jax_{os.getpid()}"
     try:
-      probe.touch()
-      probe.unlink()
+      tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
       raise WorkdirError(
         f"workdir {self.path} cannot be written ({error.strerror}); choose another --workdir"
       ) from error
     old = self.read("config.json")
     if old is None:
-      if self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
+      if self.path.exists() and set(self.path.iterdir()) - {
+        self.path / LOCK,
+        *self._half_written(),
+      }:
         raise WorkdirError(
           f"workdir {self.path} is not empty and holds no config.json; choose another --workdir"
         )
@@ -104,8 +106,14 @@ class Workdir:
       raise WorkdirError(
         f"workdir {self.path} is in use by another process; wait for it or choose another --workdir"
       ) from error
+    for path in self._half_written():
+      path.unlink()
     if not begun:
       self.write("config.json", plain(config))
+
+  def _half_written(self) -> list[Path]:
+    """What `replace_file` of a process that was killed has left, in the arms as well."""
+    return [*self.path.glob(".*.tmp"), *self.path.glob("arms/*/.*.tmp")]
 
   def close(self) -> None:
     """Gives the folder back, where this process has it; it may be opened again."""

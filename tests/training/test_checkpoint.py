@@ -1,4 +1,7 @@
-"""Checkpoints hold every kind of array, keep the newest, and refuse another shape."""
+"""Checkpoints hold every kind of array, keep the newest and the best, and notice any damage."""
+
+import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +9,20 @@ import numpy as np
 import pytest
 
 from balance_jax import training
-from balance_jax.training.checkpoint import Checkpointer
+from balance_jax.training.checkpoint import SEAL, Checkpointer, CheckpointError
 from tests.training.problems import make_problem
+
+ONE = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
+
+
+def save_three(path):
+  with Checkpointer(path, max_to_keep=3) as checkpoints:
+    for step in (4, 8, 12):
+      checkpoints.save(step, {"x": jnp.float32(step)}, {"seconds": step})
+
+
+def names(path):
+  return sorted(entry.name for entry in path.iterdir())
 
 
 def test_state_comes_back_bit_for_bit(tmp_path):
@@ -32,11 +47,25 @@ def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
       checkpoints.save(step, {"x": jnp.float32(step)})
     checkpoints.save(3, {"x": jnp.float32(9)})  # saved already: left as it is
-    restored, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct((), jnp.float32)})
+    restored, _ = checkpoints.restore(ONE)
     assert float(restored["x"]) == 3.0
-    old, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct((), jnp.float32)}, 2)
+    old, _ = checkpoints.restore(ONE, 2)
     assert float(old["x"]) == 2.0
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+  assert names(tmp_path) == ["2", "3"]
+
+
+def test_keeps_the_best_beside_the_newest(tmp_path):
+  scores = {1: 5.0, 2: 1.0, 3: float("nan"), 4: 1.5, 5: None, 6: 1.0}
+  kept = []
+  with Checkpointer(tmp_path, max_to_keep=1) as checkpoints:
+    for step, score in scores.items():
+      checkpoints.save(step, {"x": jnp.float32(step)}, score=score)
+      kept.append(names(tmp_path))
+    assert checkpoints.best_step() == 6  # the newer of two equal ones
+  assert kept == [["1"], ["2"], ["2", "3"], ["2", "4"], ["2", "5"], ["6"]]
+  with Checkpointer(tmp_path / "other") as checkpoints:
+    checkpoints.save(0, {"x": jnp.float32(0)})
+    assert checkpoints.best_step() is None
 
 
 def test_another_shape_or_nothing_at_all(tmp_path):
@@ -46,3 +75,92 @@ def test_another_shape_or_nothing_at_all(tmp_path):
     checkpoints.save(0, {"x": jnp.ones(3)})
     with pytest.raises(ValueError, match="shape"):
       checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), jnp.float32)})
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
+def test_damage_to_any_file_is_noticed(tmp_path, damage):
+  save_three(tmp_path / "whole")
+  files = sorted(p for p in (tmp_path / "whole" / "12").rglob("*") if p.is_file())
+  assert len(files) > 8  # orbax's data, its metadata and ours
+  for file in files:
+    shutil.rmtree(tmp_path / "c", ignore_errors=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "c")
+    damage(tmp_path / "c" / file.relative_to(tmp_path / "whole"))
+    with Checkpointer(tmp_path / "c") as checkpoints:
+      restored, extra = checkpoints.restore(ONE)
+    assert (float(restored["x"]), extra) == (8.0, {"seconds": 8}), file
+
+
+def test_falls_back_to_the_last_good_one_and_says_so(tmp_path, capsys):
+  save_three(tmp_path)
+  flip(tmp_path / "12" / "extra" / "metadata")
+  (tmp_path / "8" / SEAL).unlink()
+  with Checkpointer(tmp_path) as checkpoints:
+    restored, _ = checkpoints.restore(ONE)
+    assert float(restored["x"]) == 4.0
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/12 cannot be used: extra/metadata has changed" in first
+    assert f"{tmp_path}/8 cannot be used: its save was not finished; going back to step 4" in second
+    # The newer ones are gone, so that their numbers can be saved again.
+    assert names(tmp_path) == ["4"]
+    checkpoints.save(8, {"x": jnp.float32(88)})
+    assert float(checkpoints.restore(ONE)[0]["x"]) == 88.0
+
+
+def test_without_a_good_one_all_is_left_as_it_is(tmp_path):
+  save_three(tmp_path)
+  for step in (4, 8, 12):
+    truncate(tmp_path / str(step) / SEAL)
+  with Checkpointer(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match=r"/12 cannot be used: .*/4 cannot .* no other is"):
+      checkpoints.restore(ONE)
+    with pytest.raises(CheckpointError, match="/8 cannot be used"):
+      checkpoints.restore(ONE, 8)
+  assert names(tmp_path) == ["12", "4", "8"]
+
+
+def test_an_unfinished_save_is_written_again(tmp_path):
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(0, {"x": jnp.float32(1)})
+  (tmp_path / "0" / SEAL).unlink()
+  (tmp_path / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(0, {"x": jnp.float32(2)})
+    assert float(checkpoints.restore(ONE)[0]["x"]) == 2.0
+  assert names(tmp_path) == ["0"]
+
+
+# The state does not fit; the state fits, but the seal does not.
+@pytest.mark.parametrize("limit", [3000, 600])
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path, capfd, limit):
+  state = {"x": jnp.asarray(np.random.default_rng(0).random(1000 if limit == 3000 else 3))}
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(4, state)
+    files = {path: path.stat().st_size for path in (tmp_path / "4").rglob("*") if path.is_file()}
+    too_large = [path.name for path, size in files.items() if size > limit]
+    assert (too_large == [SEAL]) == (limit == 600)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+      with pytest.raises(CheckpointError) as error:
+        checkpoints.save(8, state)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = f"checkpoint {tmp_path}/8 cannot be written: File too large; the same command goes"
+    assert str(error.value) == f"{message} on from step 4"
+    assert capfd.readouterr().err == ""
+    assert names(tmp_path) == ["4"]
+    restored, _ = checkpoints.restore(state)
+    np.testing.assert_array_equal(restored["x"], state["x"])
+    checkpoints.save(8, state)  # as soon as there is room again
+  assert names(tmp_path) == ["4", "8"]

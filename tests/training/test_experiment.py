@@ -1,69 +1,27 @@
 """An experiment from config to report: stop, resume, refuse, diverge. Data are synthetic."""
 
-import importlib.util
 import json
 import os
 import signal
-from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from balance_jax import data
-from balance_jax.training import TrainingDivergedError, experiment
+from balance_jax.training import TrainingDivergedError, experiment, loop
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.config import resolve
 from balance_jax.training.dry_run import without_data
 from balance_jax.training.metric_log import read_records
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-
+from balance_jax.training.signals import InterruptedRunError
+from tests.training.tiny_run import CONFIGS, load_config, load_documents, tiny
 
 ONE_GROUP = {"coordinate_check", "stability"}
 
 
-def load_config(path=None):
-  path = path or next(p for p in CONFIGS if p.stem == "quickstart")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
-def tiny(**changes):
-  """The quickstart at a size of seconds; changes are given as optimizer__learning_rate=..."""
-  config = load_config()
-  config.data.languages = ("big", "small")
-  config.data.window = 8
-  config.model.update(width=8, depth=1, heads=2)
-  config.train.update(
-    steps=12, chunk=4, batch_size=4, eval_every=4, checkpoint_every=8, variance_every=12,
-    measure_every=4, variance_examples=2, variance_batches=2,
-  )  # fmt: skip
-  config.methods = ("temperature_5", "optimal_5", "cooldown")
-  config.seeds = (0, 1)
-  config.parallel = "map"  # compiles fastest; the ways to map runs have their own tests
-  for name, value in changes.items():
-    *sections, key = name.split("__")
-    section = config
-    for part in sections:
-      section = section[part]
-    section[key] = value
-  return resolve(config)
-
-
 @pytest.fixture(autouse=True)
 def documents(monkeypatch):
-  """Text of two made-up languages in place of the prepared data."""
-  words = {"big": ["alpha", "beta", "gamma", "delta"], "small": ["uno", "due", "tre"]}
-
-  def load(source, split, *, languages, **kwargs):
-    rng = np.random.default_rng(len(split))
-    size = {"big": 400, "small": 30} if split == "train" else {"big": 30, "small": 30}
-    return {name: [" ".join(rng.choice(words[name], size[name]))] for name in languages}
-
-  monkeypatch.setattr(data, "load_documents", load)
+  monkeypatch.setattr(data, "load_documents", load_documents)
 
 
 def records_of(path):
@@ -102,18 +60,18 @@ def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_by_a_signal_and_resuming_is_exact(tmp_path, monkeypatch, number):
   experiment.run_experiment(tiny(), tmp_path / "whole")
-  group_means = experiment.group_means
+  group_means = loop.group_means
 
   def stop_at_eight(task, metrics):
     os.kill(os.getpid(), number)
     return group_means(task, metrics)
 
-  monkeypatch.setattr(experiment, "group_means", stop_at_eight)
-  with pytest.raises(experiment.InterruptedRunError, match="at step 4; saved in") as stop:
+  monkeypatch.setattr(loop, "group_means", stop_at_eight)
+  with pytest.raises(InterruptedRunError, match="at step 4; saved in") as stop:
     experiment.run_experiment(tiny(), tmp_path / "parts")
   assert stop.value.signum == number
   assert not (tmp_path / "parts" / "results.json").exists()
-  monkeypatch.setattr(experiment, "group_means", group_means)
+  monkeypatch.setattr(loop, "group_means", group_means)
   experiment.run_experiment(tiny(), tmp_path / "parts")
   assert records_of(tmp_path / "parts") == records_of(tmp_path / "whole")
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # our handlers are gone

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from balance_jax import data
-from balance_jax.training import experiment, stability_task
+from balance_jax.training import experiment, loop, stability_task
 from balance_jax.training.config import resolve
 from balance_jax.training.metric_log import read_records
+from balance_jax.training.signals import InterruptedRunError
 from balance_jax.training.sweep import run_sweep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lr_sensitivity.py"
@@ -136,7 +137,7 @@ def test_an_experiment_of_two_arms_from_config_to_report(tmp_path, capsys):
 def test_a_stop_in_the_second_arm_resumes_exactly(tmp_path, monkeypatch):
   config = tiny(architectures={"plain": {}}, learning_rates=(1e-3, 1e-2), seeds=(0,))
   experiment.run_experiment(config, tmp_path / "whole")
-  group_means, calls = experiment.group_means, []
+  group_means, calls = loop.group_means, []
 
   def stop(arm, metrics):
     calls.append(arm)
@@ -144,8 +145,8 @@ def test_a_stop_in_the_second_arm_resumes_exactly(tmp_path, monkeypatch):
       os.kill(os.getpid(), signal.SIGTERM)
     return group_means(arm, metrics)
 
-  monkeypatch.setattr(experiment, "group_means", stop)
-  with pytest.raises(experiment.InterruptedRunError, match="at step 4"):
+  monkeypatch.setattr(loop, "group_means", stop)
+  with pytest.raises(InterruptedRunError, match="at step 4"):
     experiment.run_experiment(config, tmp_path / "parts")
   experiment.run_experiment(config, tmp_path / "parts")
   assert len(calls) == 4  # the first arm was not trained again

@@ -43,15 +43,30 @@ def test_foreign_damaged_and_unusable_folders(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-  """Through a failing touch, as the superuser can write everywhere a test could look."""
+  """Through a trial file that fails: the superuser can write everywhere a test could look."""
 
-  def refuse(self, *args, **kwargs):
+  def refuse(*args, **kwargs):
     raise OSError(30, os.strerror(30))
 
-  monkeypatch.setattr("pathlib.Path.touch", refuse)
+  monkeypatch.setattr("tempfile.TemporaryFile", refuse)
   with pytest.raises(WorkdirError, match=r"cannot be written \(Read-only file system\)"):
     Workdir(tmp_path / "run").open(CONFIG)
   assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+  """Also where it was the very first file."""
+  leftovers = [tmp_path / ".config.json.77.tmp", tmp_path / "arms" / "a" / ".finished.json.77.tmp"]
+  leftovers[0].write_text("{")
+  folder = Workdir(tmp_path)
+  folder.open(CONFIG)
+  folder.close()
+  leftovers[1].parent.mkdir(parents=True)
+  for path in leftovers:
+    path.write_text("{")
+  folder.open(CONFIG)
+  assert not any(path.exists() for path in leftovers)
+  assert folder.read("config.json")["sweep"] == {}
 
 
 def test_one_process_at_a_time(tmp_path):

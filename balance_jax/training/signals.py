@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM: save after the chunk, or leave at once where there is nothing to save."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+# Seconds the main thread gets to leave by itself; while XLA compiles it cannot even notice.
+GRACE = 1.0
+
+
+class InterruptedRunError(RuntimeError):
+  """A signal stopped the run after its state was saved; `signum` is the signal."""
+
+  def __init__(self, signum: int, step: int, path):
+    self.signum = signum
+    super().__init__(
+      f"stopped by {signal.Signals(signum).name} at step {step}; saved in {path}: "
+      "the same command goes on from here"
+    )
+
+
+class StopRequest:
+  """What the signals asked for.
+
+  Attributes:
+    caught: the signals so far.
+    unsaved: whether something has been finished that no checkpoint holds; kept by the run.
+  """
+
+  def __init__(self):
+    self.caught: list[int] = []
+    self.unsaved = False
+
+
+@contextlib.contextmanager
+def stop_signals(at_once: bool = True):
+  """Collects Ctrl-C and SIGTERM instead of dying; a second Ctrl-C interrupts at once.
+
+  SIGTERM with nothing unsaved ends the process within `GRACE` seconds, in the middle of a
+  compilation too, with exit code 143. Only for the main thread.
+
+  Args:
+    at_once: whether to do so; not where other processes take part, which would lose one.
+
+  Yields:
+    `StopRequest`.
+  """
+  stop, left = StopRequest(), threading.Event()
+
+  def handler(signum, frame):
+    if stop.caught and signum == signal.SIGINT:
+      raise KeyboardInterrupt
+    stop.caught.append(signum)
+    print(f"{signal.Signals(signum).name}: saving after this chunk", file=sys.stderr)
+
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  # Handlers run between two lines of Python only; the number of the signal is written at once.
+  old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+  watcher = threading.Thread(target=_watch, args=(reader, stop, left, at_once), daemon=True)
+  watcher.start()
+  try:
+    yield stop
+  finally:
+    left.set()
+    for number, previous in old.items():
+      signal.signal(number, previous)
+    signal.set_wakeup_fd(old_fd)
+    os.close(writer)
+    watcher.join()
+    os.close(reader)
+
+
+def _watch(reader: int, stop: StopRequest, left: threading.Event, at_once: bool) -> None:
+  """Ends the process after a SIGTERM that the main thread does not heed, if that loses nothing."""
+  while number := os.read(reader, 1):
+    due = at_once and number[0] == signal.SIGTERM and not left.wait(GRACE)
+    if due and not stop.unsaved:
+      print(
+        "stopped by SIGTERM, nothing to save: the same command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,121 @@
+"""Numbers that are not finite: stop, or go back and take another way. Data are synthetic."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from balance_jax import data
+from balance_jax.training import TrainingDivergedError, byte_text, experiment, loop
+from balance_jax.training.checkpoint import Checkpointer
+from balance_jax.training.metric_log import read_records
+from tests.training.tiny_run import load_documents, tiny
+
+ONE_METHOD = {"methods": ("temperature_5",), "train__checkpoint_every": 4, "seeds": (0, 1, 2)}
+cross_entropy_loss = byte_text.cross_entropy_loss
+
+
+class Killed(Exception):
+  """Stands in for a kill between two chunks."""
+
+
+@pytest.fixture(autouse=True)
+def documents(monkeypatch):
+  monkeypatch.setattr(data, "load_documents", load_documents)
+
+
+def poison(monkeypatch, rate):
+  """Makes the loss NaN in a share of the steps, which depend on the key of the run."""
+
+  def poisoned(decoder):
+    clean = cross_entropy_loss(decoder)
+
+    def per_example_loss(params, rows, key):
+      bad = jax.random.uniform(jax.random.fold_in(key, 5)) < rate
+      return clean(params, rows, key) * jnp.where(bad, jnp.nan, 1.0)
+
+    return per_example_loss
+
+  monkeypatch.setattr(byte_text, "cross_entropy_loss", poisoned)
+
+
+def run(path, **changes):
+  experiment.run_experiment(tiny(**ONE_METHOD, **changes), path)
+  return read_records(path / "metrics.jsonl")
+
+
+def of_seed(records, seed):
+  return [r for r in records if r["seed"] == seed and r["event"] != "moments"]
+
+
+def test_going_back_changes_the_runs_that_diverged_and_no_other(tmp_path, monkeypatch):
+  poison(monkeypatch, 0.0)
+  clean = run(tmp_path / "clean", train__max_rollbacks=4)
+  poison(monkeypatch, 0.06)
+  records = run(tmp_path / "poisoned", train__max_rollbacks=4)
+  told = [r for r in records if r["event"] == "rollback"]
+  diverged = {r["seed"] for r in told}
+  assert diverged  # otherwise this test says nothing: choose another rate
+  assert diverged < {0, 1, 2}
+  assert [r["rollback"] for r in told] == sorted(r["rollback"] for r in told)
+  for record in told:
+    assert record["metric"] == "loss"
+    # It belongs to the first step that is done again.
+    assert record["step"] % 4 == 1
+    assert record["step"] - 1 <= record["diverged"] < record["step"] + 3
+  for seed in (0, 1, 2):
+    own = [r for r in of_seed(records, seed) if r["event"] != "rollback"]
+    assert (own == of_seed(clean, seed)) == (seed not in diverged)
+    assert [r["step"] for r in own] == [r["step"] for r in of_seed(clean, seed)]
+    assert all(r["loss"] is not None for r in own if r["event"] == "train")
+  # Stopped after any chunk and started again, it goes the same way, and counts on.
+  group_means = loop.group_means
+
+  def kill(*args):
+    raise Killed
+
+  monkeypatch.setattr(loop, "group_means", kill)
+  for _ in range(20):
+    try:
+      again = run(tmp_path / "killed", train__max_rollbacks=4)
+      break
+    except Killed:
+      # Every other chunk survives, so that the next process gets further.
+      monkeypatch.setattr(loop, "group_means", group_means if loop.group_means is kill else kill)
+  assert again == records
+
+
+def test_the_number_of_returns_is_limited_and_the_last_good_state_kept(tmp_path, monkeypatch):
+  poison(monkeypatch, 1.0)
+  for limit in (2, 0):
+    path = tmp_path / str(limit)
+    with pytest.raises(TrainingDivergedError, match="seed 0 is not finite at step 0"):
+      run(path, train__max_rollbacks=limit)
+    records = read_records(path / "metrics.jsonl")
+    told = [(r["rollback"], r["seed"]) for r in records if r["event"] == "rollback"]
+    assert told == [(n, seed) for n in range(1, limit + 1) for seed in (0, 1, 2)]
+    with Checkpointer(path / "checkpoints") as checkpoints:
+      assert checkpoints.latest_step() == 0
+  with pytest.raises(experiment.BadInputError, match=r"train\.max_rollbacks is -1"):
+    run(tmp_path / "wrong", train__max_rollbacks=-1)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+  """The step that breaks them has a finite loss and a finite gradient."""
+  huge = {"learning_rate": 1e38, "weight_decay": 1e6, "warmup_fraction": 0.0}
+  often = {"train__chunk": 1, "train__checkpoint_every": 1}
+  config = tiny(**ONE_METHOD | often | {f"optimizer__{key}": x for key, x in huge.items()})
+  with pytest.raises(TrainingDivergedError, match=r"a parameter of run .* at step 0"):
+    experiment.run_experiment(config, tmp_path)
+  with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.latest_step() == 0
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+  run(tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
+  path = tmp_path / "run" / "config.json"
+  path.write_text(path.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
+  with pytest.raises(experiment.BadInputError, match="are those of another config"):
+    run(tmp_path / "run", optimizer__learning_rate=0.02)
+  with Checkpointer(tmp_path / "run" / "checkpoints") as checkpoints:
+    assert checkpoints.latest_step() == 12
