@@ -48,7 +48,6 @@ def language_model(config: Mapping[str, Any]) -> Task:
     runs=_runs(config, table, [make(table.sizes) for make in mixers]),
     labels=tuple(_label(config, cell) for cell in _cells(config)),
     groups=table.names,
-    table=table,
     validation=byte_text.held_out(spec, "validation", train["batch_size"]),
     test=byte_text.held_out(spec, "test", train["batch_size"]),
     chunk_record=_chunk_record,

@@ -293,7 +293,6 @@ def _arm(config, name: str, arm, images: Images) -> Arm:
     runs=make_runs(config, arm, images, numbers),
     labels=labels,
     groups=images.table.names,
-    table=images.table,
     validation=inputs(images.validation, curve=False),
     test=inputs(images.test, curve=True),
     chunk_record=_chunk_record,

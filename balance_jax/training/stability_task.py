@@ -228,7 +228,6 @@ def _arm(config, arm, table, load) -> Arm:
     runs=runs,
     labels=_labels(config, arm, cells),
     groups=table.names,
-    table=table,
     validation=load(arm["train"]["batch_size"]),
     test=None,
     chunk_record=functools.partial(_chunk_record, config["statistics"]),

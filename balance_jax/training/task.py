@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from balance_jax import _checks, data
+from balance_jax import _checks
 from balance_jax.training.batch import Batch
 from balance_jax.training.sweep import SweepRuns
 
@@ -23,13 +23,12 @@ class Arm:
     runs: the training runs.
     labels: for every run a dict of "method", "seed" and whatever else names it in its records.
     groups: names of the K groups.
-    table: training rows.
     validation: held-out rows, as `evaluation_batches` gives them.
     test: as validation, for the final figure; None without one.
     chunk_record: metrics of one run over a chunk, NumPy (steps, ...) -> fields of its record.
     evaluate: evaluate(step, state, batches) -> dict of arrays, fields of an evaluation record; the
       same function every time, so that it is compiled once.
-    measure: as evaluate, of the training table, every `train.variance_every` steps; or None.
+    measure: as evaluate, of the training table of the runs, every `train.variance_every` steps; or None.
     train: the step counts, see `check_schedule`.
     allow_divergence: whether a loss that is not finite is a result instead of an error.
     max_rollbacks: how often an arm may go back to its last checkpoint after such an error, with
@@ -41,7 +40,6 @@ class Arm:
   runs: SweepRuns
   labels: tuple[dict, ...]
   groups: tuple[str, ...]
-  table: data.GroupTable
   validation: Batch
   test: Batch | None
   chunk_record: Callable[[Mapping[str, Any]], dict]
