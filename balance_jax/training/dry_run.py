@@ -1,5 +1,6 @@
 """What a config would train, without training: parameters, operations and memory of every arm."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,16 +17,17 @@ def dry_run(task: Task) -> str:
     task: built on stand-in data, see `without_data`.
 
   Returns:
-    For every arm its runs, and for one of them the parameters, the floating-point operations of a
-    step, the bytes of its state and the compiled step's peak of temporary memory.
+    For every arm its runs, and for one of them the parameters, and on each of its devices the
+    floating-point operations of a step, the bytes of the state and the compiled step's peak of
+    temporary memory.
   """
   from balance_jax import models
 
-  rows = []
+  rows, devices = [], 1
   for name, build in task.arms.items():
     arm = build()
-    cost = arm.runs.cost_of_step()
-    state = jax.eval_shape(arm.runs.init)
+    cost, devices = arm.runs.cost_of_step(), arm.runs.mesh_size
+    state = arm.runs.shapes()
     count = models.count_params(state.params) // arm.runs.num_runs
     rows.append(
       [
@@ -34,7 +36,7 @@ def dry_run(task: Task) -> str:
         f"{count:,}",
         # The compiler counts the body of a loop once, and the micro-batches are a loop.
         f"{cost['flops'] * arm.train['micro_batches']:.3g}",
-        _size(_bytes(state) / arm.runs.num_runs),
+        _size(sum(map(bytes_of, jax.tree.leaves(state))) / arm.runs.num_runs),
         _size(cost["temporary_bytes"]),
         arm.train["steps"],
       ]
@@ -42,7 +44,8 @@ def dry_run(task: Task) -> str:
   header = ["arm", "runs", "parameters", "FLOPs a step", "state", "temporary", "steps"]
   device = jax.devices()[0]
   text = report.render_table(header, rows)
-  return f"{text}\nOf one run, as compiled for {device.device_kind} ({device.platform})."
+  each = f" and each of its {devices} devices" if devices > 1 else ""
+  return f"{text}\nOf one run{each}, as compiled for {device.device_kind} ({device.platform})."
 
 
 def without_data(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,9 +54,11 @@ def without_data(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**config, "data": data}
 
 
-def _bytes(tree) -> int:
+def bytes_of(leaf) -> int:
+  """Of the part of an array, given by its shape, that one device holds."""
+  shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
   # A typed key has no itemsize on every version; it is a few bytes.
-  return sum(x.size * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))
+  return math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
 
 
 def _size(count: float) -> str:

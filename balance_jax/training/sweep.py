@@ -232,6 +232,11 @@ class SweepRuns:
   def num_runs(self) -> int:
     return len(next(iter(self.cells.values())))
 
+  @property
+  def mesh_size(self) -> int:
+    """Devices that work on every run together."""
+    return 1 if self._placement.mesh is None else self._placement.mesh.size
+
   def compile_step(self) -> jax.stages.Compiled:
     """One step of one run, to look at."""
     cell, state = self._shapes

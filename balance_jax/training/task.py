@@ -28,7 +28,7 @@ class Arm:
     chunk_record: metrics of one run over a chunk, NumPy (steps, ...) -> fields of its record.
     evaluate: evaluate(step, state, batches) -> dict of arrays, fields of an evaluation record; the
       same function every time, so that it is compiled once.
-    measure: as evaluate, of the training table of the runs, every `train.variance_every` steps; or None.
+    measure: as evaluate, of the table of the runs, every `train.variance_every` steps; or None.
     train: the step counts, see `check_schedule`.
     allow_divergence: whether a loss that is not finite is a result instead of an error.
     max_rollbacks: how often an arm may go back to its last checkpoint after such an error, with

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from balance_jax import training
+from balance_jax.training import dry_run
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.sharding import ONE_DEVICE, Placement, make_mesh, placement
 from tests.training import mesh_runs
@@ -106,3 +107,9 @@ def test_bad_placements():
     mesh_runs.decoder_runs(Placement(make_mesh(2, 1)), how="shard")
   with pytest.raises(ValueError, match="batch_size is 16; the mesh's 3 devices times 1"):
     mesh_runs.decoder_runs(Placement(make_mesh(3, 1)))
+
+
+def test_a_dry_run_counts_what_one_device_holds():
+  runs = [mesh_runs.decoder_runs(Placement(make_mesh(n, 1), n > 1)) for n in (1, 8)]
+  one, eight = (sum(map(dry_run.bytes_of, jax.tree.leaves(r.shapes()))) for r in runs)
+  assert eight < 0.2 * one  # an eighth of the matrices, and the vectors whole
