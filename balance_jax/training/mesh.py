@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from balance_jax import _checks
+from balance_jax.data import GroupReader
 from balance_jax.training.state import TrainState
 from balance_jax.training.step import Step
 
@@ -68,6 +69,8 @@ def data_parallel(step: Step, how: str = "jit", mesh: jax.sharding.Mesh | None =
     return dataclasses.replace(
       step, constrain=lambda batch: jax.lax.with_sharding_constraint(batch, sharding)
     )
+  if isinstance(step.table, GroupReader):
+    raise ValueError(f"how is {how!r}; rows of a GroupReader are spread by 'jit' only")
   return ShardedStep(step, how, mesh)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from balance_jax import _checks
+from balance_jax.data import GroupReader
 from balance_jax.training.run import check_finite, concatenate_history
 from balance_jax.training.state import TrainState
 
@@ -197,6 +198,8 @@ class SweepRuns:
   def __init__(
     self, build: Callable, init: Callable, cells, table, *, how: str = "auto", devices=None
   ):
+    if isinstance(table, GroupReader):
+      raise ValueError("table is a GroupReader, which serves one run; give each its own `run`")
     self.cells = dict(cells) if isinstance(cells, Mapping) else stack_cells(cells)
     self.table = table
     self._build, self._init = build, init
