@@ -1,6 +1,12 @@
 """Runs whose rows the host reads: the batches and numbers of a device table, whatever the mixer."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -304,3 +310,55 @@ def test_a_table_that_is_replaced_by_a_reader_changes_nothing_else():
   names = {field.name for field in dataclasses.fields(step)} - {"table", "optimizer", "mixer"}
   for name in names - {"streams", "constrain"}:
     assert getattr(step, name) == getattr(other, name), name
+
+
+def hosts_problem(table, draw):
+  mixer = mixing.delayed(mixing.temperature(TABLE.sizes, 5.0, draw=draw), 4)
+  return make_problem(mixer, table=table, measure_every=1)
+
+
+HOST = """
+import json, sys, warnings
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import numpy as np
+from balance_jax import training
+from tests.training import test_reading as shared
+mesh = training.data_mesh()
+reader = shared.Recorder()
+whole = jax.NamedSharding(mesh, jax.P())
+step, _ = shared.hosts_problem(reader, sys.argv[3])
+state = jax.jit(lambda: shared.hosts_problem(reader, sys.argv[3])[1], out_shardings=whole)()
+step = training.data_parallel(step, "jit", mesh)
+_, history = training.run(step, state, 4, chunk=2)
+rows = shared.recorded(reader, 4, batch=8)
+print(json.dumps({"loss": history["loss"].tolist(), "x": rows["x"].tolist()}))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize("draw", ["target", pytest.param("optimal", marks=pytest.mark.slow)])
+def test_two_hosts_read_their_own_rows(draw):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])}
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, "-c", HOST, address, str(i), draw], stdout=subprocess.PIPE, env=environment
+    )
+    for i in range(2)
+  ]
+  try:
+    found = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  step, state = hosts_problem(TABLE, draw)
+  expected, _ = device_batches(step, copy(state), 4)
+  halves = [np.array(host["x"], np.float32) for host in found]
+  np.testing.assert_array_equal(np.concatenate(halves, axis=1), expected.rows["x"])
+  _, history = training.run(step, state, 4, chunk=2)
+  for host in found:
+    np.testing.assert_allclose(host["loss"], history["loss"], rtol=1e-5)
