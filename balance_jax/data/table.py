@@ -171,7 +171,7 @@ def check_groups(argument: str, groups) -> None:
 def _offsets(sizes: tuple[int, ...]) -> np.ndarray:
   ends = np.cumsum(np.array(sizes, np.int64))
   if ends[-1] > MAX_ROWS:
-    raise ValueError(f"a table holds at most {MAX_ROWS} rows, got {ends[-1]}: use a host stream")
+    raise ValueError(f"a table holds at most {MAX_ROWS} rows, got {ends[-1]}: use a GroupReader")
   return (ends - np.array(sizes, np.int64)).astype(np.int32)
 
 

@@ -27,6 +27,7 @@ from balance_jax.mixing.mixer import MEASURED
 from balance_jax.training.batch import Batch
 from balance_jax.training.mesh import AXIS
 from balance_jax.training.state import TrainState
+from balance_jax.training.step import Step
 
 
 class RowPlan(NamedTuple):
@@ -66,7 +67,7 @@ def sampler_of(state: TrainState) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def plan_rows(step, state: TrainState, length: int) -> RowPlan:
+def plan_rows(step: Step, state: TrainState, length: int) -> RowPlan:
   """Plans the rows of `length` steps.
 
   Args:
@@ -98,7 +99,7 @@ def plan_rows(step, state: TrainState, length: int) -> RowPlan:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def advance_on(step, state: TrainState, rows, measured, groups, positions):
+def advance_on(step: Step, state: TrainState, rows, measured, groups, positions):
   """Takes the steps of a plan on rows that were read for it.
 
   Args:
@@ -137,10 +138,10 @@ class ReadAhead:
     lengths: steps of all chunks.
 
   Raises:
-    ValueError: the mixer's draw is not known for a whole chunk, or the step is a sharded one.
+    ValueError: the mixer's draw is not known for a whole chunk.
   """
 
-  def __init__(self, step, lengths):
+  def __init__(self, step: Step, lengths: list[int]):
     chunk, foreseen = max(lengths), step.mixer.foreseen
     if foreseen < chunk:
       raise ValueError(
@@ -165,7 +166,7 @@ class ReadAhead:
     if self._ahead and self._lengths:
       after = plan.after
       if self._learns:
-        after = dataclasses.replace(after, mixer=jax.tree.map(jnp.copy, state.mixer))
+        after = dataclasses.replace(after, mixer=state.mixer)
       # Before the chunk: a device runs its programs in turn, and the chunk takes the state.
       following = plan_rows(self._step, after, self._lengths[0])
     started = time.perf_counter()
