@@ -1,4 +1,4 @@
-"""Data by group: text and image sources, prepared data sets, the grouped device table, crops."""
+"""Data by group: text and image sources, prepared data sets, device table, host reader, crops."""
 
 from balance_jax.data.augment import augment, random_crop, random_flip
 from balance_jax.data.builder import load_documents
@@ -12,6 +12,7 @@ from balance_jax.data.images import (
   take_classes,
   to_float,
 )
+from balance_jax.data.reader import GroupReader
 from balance_jax.data.sources import SOURCES, DatasetNotInstalledError
 from balance_jax.data.table import GroupTable, group_table
 from balance_jax.data.text import END_OF_DOCUMENT, VOCAB_SIZE, decode, encode
@@ -23,6 +24,7 @@ __all__ = [
   "VOCAB_SIZE",
   "CorruptedDataError",
   "DatasetNotInstalledError",
+  "GroupReader",
   "GroupTable",
   "ImageData",
   "augment",

@@ -13,7 +13,7 @@ FILE_NAME = "balance_jax_digests.json"
 
 
 class CorruptedDataError(RuntimeError):
-  """Prepared data is not what was written; the message names what to delete."""
+  """Data is not what was written; the message names what to delete, or the record."""
 
 
 def corrupted(directory: Path, reason: str) -> CorruptedDataError:

@@ -57,13 +57,13 @@ class GroupTable:
       ValueError: no group, a group without rows, groups that do not match, an integer that does not
         fit the stored dtype, or more than 2**31 - 1 rows.
     """
-    _check_groups("groups", groups)
+    check_groups("groups", groups)
     trees = {name: jax.tree.map(np.asarray, tree) for name, tree in groups.items()}
-    sizes = tuple(_row_count(name, tree) for name, tree in trees.items())
+    sizes = tuple(row_count(name, tree) for name, tree in trees.items())
     _offsets(sizes)
     first_name, first = next(iter(trees.items()))
     for name, tree in trees.items():
-      _check_same_rows(first_name, first, name, tree)
+      check_same_rows(first_name, first, name, tree)
     return cls(jax.tree.map(_concatenate, *trees.values()), tuple(trees), sizes)
 
   @property
@@ -139,7 +139,7 @@ def group_table(
   """
   if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
     raise ValueError(f"window must be an integer >= 1, got {window!r}")
-  _check_groups("documents", documents)
+  check_groups("documents", documents)
   separator = _tokens("end_of_document", np.array([end_of_document]))
   streams = {name: _stream(name, value, separator) for name, value in documents.items()}
   for name, stream in streams.items():
@@ -158,7 +158,7 @@ def group_table(
   )
 
 
-def _check_groups(argument: str, groups) -> None:
+def check_groups(argument: str, groups) -> None:
   if not isinstance(groups, Mapping) or not groups:
     raise ValueError(
       f"{argument} must be a mapping name -> data with >= 1 group, got {groups!r:.60}"
@@ -171,11 +171,11 @@ def _check_groups(argument: str, groups) -> None:
 def _offsets(sizes: tuple[int, ...]) -> np.ndarray:
   ends = np.cumsum(np.array(sizes, np.int64))
   if ends[-1] > MAX_ROWS:
-    raise ValueError(f"a table holds at most {MAX_ROWS} rows, got {ends[-1]}: use a host stream")
+    raise ValueError(f"a table holds at most {MAX_ROWS} rows, got {ends[-1]}: use a GroupReader")
   return (ends - np.array(sizes, np.int64)).astype(np.int32)
 
 
-def _row_count(name: str, tree) -> int:
+def row_count(name: str, tree) -> int:
   leaves = jax.tree.leaves(tree)
   lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
   if len(lengths) != 1 or None in lengths or 0 in lengths:
@@ -186,7 +186,7 @@ def _row_count(name: str, tree) -> int:
   return lengths.pop()
 
 
-def _check_same_rows(first_name: str, first, name: str, tree) -> None:
+def check_same_rows(first_name: str, first, name: str, tree) -> None:
   """All groups must hold rows of one kind, else they cannot lie in the same arrays."""
 
   def describe(tree):
@@ -201,19 +201,33 @@ def _check_same_rows(first_name: str, first, name: str, tree) -> None:
 
 
 def _concatenate(*arrays: np.ndarray) -> jax.Array:
-  joined = np.concatenate(arrays)
-  dtype = joined.dtype
+  return jnp.asarray(as_stored(np.concatenate(arrays)))
+
+
+def as_stored(rows: np.ndarray) -> np.ndarray:
+  """Rows in JAX's dtype for theirs, as a table holds them.
+
+  Args:
+    rows: bool or numbers, of any shape.
+
+  Returns:
+    The same values; float64 and int64 become float32 and int32 unless x64 is enabled.
+
+  Raises:
+    ValueError: another kind of array, or an integer that does not fit.
+  """
+  dtype = rows.dtype
   if not (jnp.issubdtype(dtype, np.number) or dtype.kind == "b"):
     raise ValueError(f"rows must be bool or numbers, got dtype {dtype}")
   stored = jax.dtypes.canonicalize_dtype(dtype)
-  if dtype.kind in "iu" and stored != dtype and joined.size:
+  if dtype.kind in "iu" and stored != dtype and rows.size:
     limits = np.iinfo(stored)
-    if joined.min() < limits.min or joined.max() > limits.max:
+    if rows.min() < limits.min or rows.max() > limits.max:
       raise ValueError(
-        f"rows of dtype {dtype} are stored as {stored}, but have values in [{joined.min()}, "
-        f"{joined.max()}]: enable x64 or use smaller values"
+        f"rows of dtype {dtype} are stored as {stored}, but have values in [{rows.min()}, "
+        f"{rows.max()}]: enable x64 or use smaller values"
       )
-  return jnp.asarray(joined.astype(stored, copy=False))
+  return rows.astype(stored, copy=False)
 
 
 def _stream(name: str, value, separator: np.ndarray) -> np.ndarray:

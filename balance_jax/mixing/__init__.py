@@ -4,6 +4,7 @@ A mixer is a pure rule; see `balance_jax.mixing.mixer`. `MIXERS` maps the names 
 the constructors.
 """
 
+from balance_jax.mixing.delayed import delayed
 from balance_jax.mixing.mixer import DRAWS, OBSERVATIONS, Mixer, make_mixer, select
 from balance_jax.mixing.probabilities import (
   capped_probs,
@@ -56,6 +57,7 @@ __all__ = [
   "chi2_inflation",
   "cooldown",
   "decay_tau",
+  "delayed",
   "estimator_moments",
   "fixed",
   "importance_weights",

@@ -1,17 +1,19 @@
 """The Mixer: a rule with state that says what is optimised (p) and what is drawn (r).
 
-A mixer is four things in a NamedTuple, in the manner of an optax transformation:
+A mixer is a NamedTuple of functions, in the manner of an optax transformation:
 
   init(key) -> state                 arrays only
   weights(state, step) -> (p, r)     pure; both float (K,) on the simplex; step may be traced
   update(state, observation) -> state
   needs                              frozenset of the observations that `update` reads
+  delay                              steps from an observation to the first r that it moves
 
 The observations a training step can supply are named in `OBSERVATIONS`; only those in `needs` are
 computed. `make_mixer` turns a rule for p alone into a mixer and adds the draw r, so every rule runs
 as upsampling, as upweighting and as everything between.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -42,12 +44,19 @@ MOMENT_DECAY = 0.5
 
 
 class Mixer(NamedTuple):
-  """A mixing rule; see the module docstring for the contract of the four fields."""
+  """A mixing rule; see the module docstring for the contract of the fields."""
 
   init: Callable[[Any], Any]
   weights: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
   update: Callable[[Any, dict], Any]
   needs: frozenset[str] = frozenset()
+  delay: int = 1
+
+  @property
+  def foreseen(self) -> float:
+    """How many steps' r follow from a state before they are taken: `delay`, or infinity for a rule
+    that learns nothing from the training. Positions in the data do not count as such."""
+    return self.delay if self.needs - {"epochs_seen"} else math.inf
 
 
 class MeasuredState(NamedTuple):
@@ -202,4 +211,6 @@ def select(mixers: Iterable[Mixer], index=0) -> Mixer:
     branches = [lambda i=i: branch(i) for i in range(len(mixers))]
     return state._replace(states=jax.lax.switch(state.index, branches))
 
-  return Mixer(init, weights, update, frozenset().union(*(mixer.needs for mixer in mixers)))
+  needs = frozenset().union(*(mixer.needs for mixer in mixers))
+  delay = min((mixer.delay for mixer in mixers if mixer.needs), default=1)
+  return Mixer(init, weights, update, needs, delay)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from balance_jax import _checks
+from balance_jax.data import GroupReader
 from balance_jax.training.sharding import DATA as AXIS
 from balance_jax.training.sharding import Placement
 from balance_jax.training.state import TrainState
@@ -57,7 +58,11 @@ def data_parallel(step: Step, how: str = "jit", mesh: jax.sharding.Mesh | None =
   _checks.check_choice("how", how, HOW)
   mesh = data_mesh() if mesh is None else mesh
   spread = Placement(mesh).spread(step)
-  return spread if how == "jit" else ShardedStep(step, how, mesh)
+  if how == "jit":
+    return spread
+  if isinstance(step.table, GroupReader):
+    raise ValueError(f"how is {how!r}; rows of a GroupReader are spread by 'jit' only")
+  return ShardedStep(step, how, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

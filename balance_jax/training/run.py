@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from balance_jax import _checks
+from balance_jax.data import GroupReader
+from balance_jax.training.reading import ReadAhead
 from balance_jax.training.state import TrainState
 
 # Metrics whose NaN or infinity means that training is lost.
@@ -44,6 +46,11 @@ def run(
   Every chunk of steps is one call of a compiled program. The given state is donated to it: use the
   returned one.
 
+  With a `data.GroupReader` in place of a table, the host reads the rows of the next chunk while the
+  device computes this one. The numbers are those of a table; all that is needed to go on from a
+  state is in the state. A mixer that learns from the training has to be foreseen for it, see
+  `mixing.delayed`; else its chunk is one step, read when the step before is done.
+
   Args:
     step: a `Step` with a table, or what `data_parallel` makes of one.
     state: where to start.
@@ -56,27 +63,35 @@ def run(
     allow_divergence: go on after a loss that is not finite.
 
   Returns:
-    (state, history): history is the dict of metrics as NumPy arrays (num_steps, ...).
+    (state, history): history is the dict of metrics as NumPy arrays (num_steps, ...). With a reader
+    also "data_seconds" and "compute_seconds", the mean in each step's chunk: the device waited for
+    rows for the share data / (data + compute) of the time.
 
   Raises:
+    ValueError: an argument out of range, a chunk longer than the mixer is foreseen for.
+    CorruptedDataError: from a reader, when more records are damaged than it may replace.
     TrainingDivergedError: names the first step whose loss or gradient norm is not finite.
   """
   _checks.check_number("num_steps", num_steps, low=1, integer=True)
   _checks.check_number("chunk", chunk, low=1, integer=True)
   if step.table is None:
     raise ValueError("step has no table to draw from; call step(state, batch) on your own batches")
+  lengths = [min(chunk, num_steps - start) for start in range(0, num_steps, chunk)]
+  reading = ReadAhead(step, lengths) if isinstance(step.table, GroupReader) else None
   first_step, history, unread = int(state.step), [], []
 
   def read():
-    metrics = jax.device_get(unread.pop(0))
+    metrics = (reading.collect if reading else jax.device_get)(unread.pop(0))
     if not allow_divergence:
       check_finite(metrics, first_step + sum(map(_length, history)))
     history.append(metrics)
     return metrics
 
-  for start in range(0, num_steps, chunk):
-    length = min(chunk, num_steps - start)
-    state, metrics = step.compiled_advance(state, step.table, length)
+  for length in lengths:
+    if reading:
+      state, metrics = reading.advance(state)
+    else:
+      state, metrics = step.compiled_advance(state, step.table, length)
     unread.append(metrics)
     if on_chunk is not None:
       on_chunk(state, read())

@@ -72,11 +72,7 @@ class Step:
     Returns:
       (state with the streams moved on, `Batch` of batch_size / parts examples).
     """
-    _, r = self.mixer.weights(state.mixer, state.step)
-    quota_key, _, _ = _step_keys(state)
-    counts, carry = allocate_counts(quota_key, r, self.batch_size, self.allocation, state.carry)
-    # One key for the whole run: the streams themselves are keyed by group and epoch.
-    groups, indices, streams = self.streams.take(state.key, state.streams, counts, self.batch_size)
+    after, groups, indices = self.plan(state)
     weights = self.example_weights(state, groups)
     groups, indices, weights = self.placement.everywhere((groups, indices, weights))
     if part is not None:
@@ -85,8 +81,23 @@ class Step:
       groups, indices, weights = (
         jax.lax.dynamic_slice_in_dim(x, index * size, size) for x in (groups, indices, weights)
       )
-    batch = Batch(table.take(groups, indices), groups, weights)
-    return dataclasses.replace(state, streams=streams, carry=carry), batch
+    return after, Batch(table.take(groups, indices), groups, weights)
+
+  def plan(self, state: TrainState) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Which rows this step draws; parameters and optimizer play no part, and may be missing.
+
+    Args:
+      state: the state before the step.
+
+    Returns:
+      (state with the streams moved on, groups, indices within them), both int32 (B,).
+    """
+    _, r = self.mixer.weights(state.mixer, state.step)
+    quota_key, _, _ = _step_keys(state)
+    counts, carry = allocate_counts(quota_key, r, self.batch_size, self.allocation, state.carry)
+    # One key for the whole run: the streams themselves are keyed by group and epoch.
+    groups, indices, streams = self.streams.take(state.key, state.streams, counts, self.batch_size)
+    return dataclasses.replace(state, streams=streams, carry=carry), groups, indices
 
   def example_weights(self, state: TrainState, groups) -> jax.Array:
     """float (B,): loss weight p / r of each example, for batches composed elsewhere."""
@@ -221,6 +232,14 @@ class Step:
     due = state.step % self.measure_every == 0
     return jax.lax.cond(due, measured, lambda: self.mixer.update(state.mixer, observation))
 
+  def measured_rows(self, state: TrainState, table, examples: int | None = None):
+    """(groups, indices), int32 (K * examples,): what `measure` reads, by key and step alone."""
+    examples = examples or self.measure_examples
+    groups = jnp.repeat(jnp.arange(self.num_groups), examples)
+    sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
+    _, _, key = _step_keys(state)
+    return groups, jax.random.randint(key, groups.shape, 0, sizes)
+
   def measure(self, state: TrainState, table, examples: int | None = None):
     """Gradient moments at the state's parameters from random examples of every group.
 
@@ -232,11 +251,8 @@ class Step:
     Returns:
       `GradientMoments`.
     """
-    examples = examples or self.measure_examples
-    _, loss_key, key = _step_keys(state)
-    groups = jnp.repeat(jnp.arange(self.num_groups), examples)
-    sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
-    indices = jax.random.randint(key, groups.shape, 0, sizes)
+    _, loss_key, _ = _step_keys(state)
+    groups, indices = self.measured_rows(state, table, examples)
     return measure_gradient_moments(
       lambda params, rows, key: self.losses(state, rows, key, params=params)[0],
       state.params,

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from balance_jax import _checks
+from balance_jax.data import GroupReader
 from balance_jax.training.run import check_finite, concatenate_history
 from balance_jax.training.sharding import ONE_DEVICE, Placement
 from balance_jax.training.state import TrainState
@@ -208,6 +209,8 @@ class SweepRuns:
     devices=None,
     placement: Placement = ONE_DEVICE,
   ):
+    if isinstance(table, GroupReader):
+      raise ValueError("table is a GroupReader, which serves one run; give each its own `run`")
     self.cells = dict(cells) if isinstance(cells, Mapping) else stack_cells(cells)
     self._build = lambda cell: placement.spread(build(cell))
     self._init, self._placement = init, placement
