@@ -68,27 +68,46 @@ def test_processes_equal_one_device(count, devices):
   assert not any("decoder" in out for _, out, _ in ended[1:])
 
 
-def experiment(path, port, index, *more):
-  flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
-  flags += ["--config=configs/certified_digits.py:tiny", f"--workdir={path}", *more]
-  return ["-m", "balance_jax.main", *flags, "--config.parallel=map", "--config.mesh.data=-1"]
+CONFIG = """
+import runpy
 
-
-def losses_in(path) -> list[float]:
-  return [r["loss"] for r in read_records(path / "metrics.jsonl") if r["event"] == "train"]
+def get_config():
+  config = runpy.run_path("configs/certified_digits.py")["get_config"]("tiny")
+  with config.unlocked():
+    del config.arms["BN"]
+  config.update(baseline="all", seeds=(0,), parallel="map")
+  return config
+"""
 
 
 @pytest.fixture(scope="module")
-def digits():
+def config(tmp_path_factory):
+  """A config file of one certified run, of seconds."""
   pytest.importorskip("sklearn", reason="pip install 'balance_jax[data]'")
+  path = tmp_path_factory.mktemp("config") / "one.py"
+  path.write_text(CONFIG)
+  return path
 
 
-def test_an_experiment_of_two_processes(digits, tmp_path):
+def alone(config, path):
+  return ["-m", "balance_jax.main", f"--config={config}", f"--workdir={path}"]
+
+
+def experiment(config, path, port, index, *more):
+  together = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
+  return [*alone(config, path), *together, "--config.mesh.data=-1", *more]
+
+
+def train_records(path) -> list[dict]:
+  return [r for r in read_records(path / "metrics.jsonl") if r["event"] == "train"]
+
+
+def test_an_experiment_of_two_processes(config, tmp_path):
   """One of them writes; stopped by a signal to the other, both save and both go on."""
-  together = functools.partial(experiment, tmp_path / "two")
+  path = tmp_path / "two"
+  together = functools.partial(experiment, config, path)
   processes = start(together, 2)
-  log = tmp_path / "two" / "arms" / "BN" / "metrics.jsonl"
-  wait_for(lambda: log.exists() and '"train"' in log.read_text(), processes)
+  wait_for(lambda: (path / "metrics.jsonl").exists() and train_records(path), processes)
   processes[1].send_signal(signal.SIGTERM)
   stopped = finish(processes)
   assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped[1][2][-2000:]
@@ -96,19 +115,17 @@ def test_an_experiment_of_two_processes(digits, tmp_path):
   assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-2000:]
   assert "resuming at step" in ended[0][2]
   assert ["verified error" in out for _, out, _ in ended] == [True, False]
-  alone = [flag for flag in experiment(tmp_path / "one", 0, 0) if "coord" not in flag]
-  alone = [flag for flag in alone if "process" not in flag and "mesh" not in flag]
-  assert [code for code, _, _ in finish(start(lambda *_: alone, 1))] == [0]
-  for arm in ("BN", "all"):
-    one, two = (losses_in(tmp_path / name / "arms" / arm) for name in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=1e-4)
+  (single,) = finish(start(lambda *_: alone(config, tmp_path / "one"), 1))
+  assert single[0] == 0
+  one, two = ([r["loss"] for r in train_records(tmp_path / name)] for name in ("one", "two"))
+  np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
-def test_a_process_that_dies_takes_the_other_with_it(digits, tmp_path):
+def test_a_process_that_dies_takes_the_other_with_it(config, tmp_path):
   endless = ("--config.train.epochs=4000", "--config.train.eval_every=4000")
-  processes = start(lambda port, index: experiment(tmp_path / "run", port, index, *endless), 2)
-  log = tmp_path / "run" / "arms" / "BN" / "metrics.jsonl"
-  wait_for(lambda: log.exists() and '"train"' in log.read_text(), processes)
+  path = tmp_path / "run"
+  processes = start(lambda *where: experiment(config, path, *where, *endless), 2)
+  wait_for(lambda: (path / "metrics.jsonl").exists() and train_records(path), processes)
   processes[1].kill()
   code, _, err = finish(processes[:1])[0]
   assert code == 2
