@@ -128,8 +128,9 @@ def test_a_process_that_dies_takes_the_other_with_it(config, tmp_path):
   wait_for(lambda: (path / "metrics.jsonl").exists() and train_records(path), processes)
   processes[1].kill()
   code, _, err = finish(processes[:1])[0]
-  assert code == 2
-  assert "error: another process is gone" in err
+  # Whoever notices first: a collective, whose error we report, or JAX's heartbeat, which aborts.
+  assert code in (2, -signal.SIGABRT)
+  assert "another process is gone" in err or "another task died" in err
 
 
 def wait_for(condition, processes) -> None:
