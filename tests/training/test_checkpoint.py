@@ -62,6 +62,10 @@ def test_keeps_the_best_beside_the_newest(tmp_path):
       checkpoints.save(step, {"x": jnp.float32(step)}, score=score)
       kept.append(names(tmp_path))
     assert checkpoints.best_step() == 6  # the newer of two equal ones
+    checkpoints.save(7, {"x": jnp.float32(7)}, score=2.0)
+    seal = tmp_path / "7" / SEAL
+    seal.write_text(seal.read_text().replace('"score": 2.0', '"score": 0.5'))
+    assert checkpoints.best_step() == 6  # a seal that was changed counts for nothing
   assert kept == [["1"], ["2"], ["2", "3"], ["2", "4"], ["2", "5"], ["6"]]
   with Checkpointer(tmp_path / "other") as checkpoints:
     checkpoints.save(0, {"x": jnp.float32(0)})
