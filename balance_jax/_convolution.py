@@ -99,11 +99,19 @@ def _geometry(strides, padding, groups, precision) -> _Geometry:
 
 
 def _call(primitive: Primitive, function: Callable, first, second, **params):
-  """The primitive on CPUs, elsewhere what it stands for. So too inside of `shard_map` and `pmap`,
-  where JAX follows for its own operations only what varies over the devices."""
-  if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().manual_axes:
+  """The primitive on CPUs, elsewhere what it stands for. So too inside of a `shard_map` that
+  follows what varies over the devices, which JAX does for its own operations only."""
+  if jax.default_backend() != "cpu" or _varies(first) or _varies(second):
     return function(first, second, **params)
   return primitive.bind(jnp.asarray(first), jnp.asarray(second), **params)
+
+
+def _varies(array) -> bool:
+  """Whether JAX knows that an array differs between the devices of a `shard_map`."""
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return False
+  kind = getattr(jax.typeof(array), "manual_axis_type", None)
+  return kind is None or bool(kind.varying)
 
 
 def _convolve(x, kernel, geometry: _Geometry, **changes):

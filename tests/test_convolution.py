@@ -156,3 +156,28 @@ def test_gradient_inside_of_shard_map(varies):
   total = jax.shard_map(local, mesh=mesh, in_specs=(split, same), out_specs=same)
   expected = jax.grad(lambda k: jnp.sin(reference(x, k)).sum())(kernel)
   np.testing.assert_allclose(jax.jit(total)(x, kernel), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_runs_on_separate_devices_have_the_fast_gradients(how):
+  """Where JAX does not follow what varies, as in sweeps, the maps stay what they are."""
+  mesh = jax.make_mesh((2,), ("run",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, kernel = arrays((3, 3, 2, 4))
+  kernels = jnp.stack([kernel, 2 * kernel])
+
+  def local(x, kernels):
+    return jax.lax.map(jax.grad(lambda k: jnp.sin(conv2d(x, k)).sum()), kernels)
+
+  if how == "pmap":
+    mapped = jax.pmap(local, in_axes=(None, 0), devices=jax.devices()[:2])
+    arguments = x, kernels[:, None]
+  else:
+    specs = {"in_specs": (jax.P(), jax.P("run")), "out_specs": jax.P("run")}
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=False, **specs))
+    arguments = x, kernels
+  program = str(jax.make_jaxpr(mapped)(*arguments))
+  assert "conv2d_kernels" in program
+  assert "conv_general_dilated" not in program
+  expected = jnp.stack([jax.grad(lambda k: jnp.sin(reference(x, k)).sum())(k) for k in kernels])
+  found = mapped(*arguments).reshape(expected.shape)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
