@@ -53,7 +53,7 @@ def stop_signals(at_once: bool = True):
     if stop.caught and signum == signal.SIGINT:
       raise KeyboardInterrupt
     stop.caught.append(signum)
-    print(f"{signal.Signals(signum).name}: saving after this chunk", file=sys.stderr)
+    print(f"{signal.Signals(signum).name}: stopping after this chunk", file=sys.stderr)
 
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
