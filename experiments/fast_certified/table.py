@@ -124,6 +124,11 @@ def draw(study: dict, path: Path) -> None:
       x, y = (seed_stats([100 * v for v in best["test"][m]]) for m in ("natural", "certified"))
       bars = {"xerr": x["std"], "yerr": y["std"]}
       axis.errorbar(x["mean"], y["mean"], **bars, fmt="s", ms=6, color=f"C{color}", alpha=0.6)
+    # Networks that cannot be certified at all lie below the picture, or the rest were one line.
+    heights = [
+      100 * seed_stats(p["test"]["certified"])["mean"] for p in study["points"] if p["eps"] == eps
+    ]
+    axis.set_ylim(min(height for height in heights if height > 1) - 8, max(heights) + 8)
     axis.set(xlabel="natural accuracy, %", ylabel="certified accuracy, %", title=f"eps {eps:g}")
   axes[0][-1].legend(fontsize=8)
   figure.tight_layout()
