@@ -210,5 +210,6 @@ def get_config(figure: str = "ablation") -> ml_collections.ConfigDict:
     raise ValueError(f"figure is {figure!r}; allowed: {', '.join(sorted(FIGURES))}")
   config = base()
   FIGURES[figure](config)
-  config.title = f"Certified training on digits: {FIGURES[figure].__doc__.rstrip('.').lower()}"
+  what = FIGURES[figure].__doc__.rstrip(".")
+  config.title = f"Certified training on digits: {what[0].lower()}{what[1:]}"
   return config
