@@ -2,8 +2,8 @@
 
   python -m balance_jax.main --config=configs/certified_fashion.py --workdir=runs/fashion
 
-Needs the Debian package dataset-fashion-mnist. Expected (experiments/fast_certified), 13 minutes on two
-CPU cores: a verified error of 71 % with batch normalisation alone, 46 % with the recipe.
+Needs the Debian package dataset-fashion-mnist. Expected (experiments/fast_certified), 13 minutes on
+two CPU cores: a verified error of 71 % with batch normalisation alone, 46 % with the recipe.
 """
 
 import pathlib
