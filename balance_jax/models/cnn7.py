@@ -23,6 +23,7 @@ class CNN7(ImageNetwork):
     convs: (multiple of width, stride) of every convolution. ((1, 1), (2, 2), (2, 1)) is the
       shallow network of small experiments.
 
+  >>> import jax
   >>> import jax.numpy as jnp
   >>> model = CNN7(width=4, dense=16, initialization="ibp")
   >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

@@ -24,6 +24,7 @@ class ResNeXt(ImageNetwork):
     cardinality: groups of the 3x3 convolutions, >= 1.
     base_width: channels a group in the first block, doubled from block to block, >= 1.
 
+  >>> import jax
   >>> import jax.numpy as jnp
   >>> model = ResNeXt(base_width=4, dense=16)
   >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))

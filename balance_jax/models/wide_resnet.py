@@ -22,6 +22,7 @@ class WideResNet8(ImageNetwork):
   Attributes:
     widen: factor on the widths 16, 32, 64 of the blocks, >= 1; 8 for CIFAR-10, 10 for TinyImageNet.
 
+  >>> import jax
   >>> import jax.numpy as jnp
   >>> model = WideResNet8(widen=1, dense=16)
   >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
