@@ -6,11 +6,11 @@ Repeats tables of Shi et al., 2021 (arXiv 2103.17268) and the comparison of CTBe
   python -m balance_jax.main --config=configs/certified_digits.py --workdir=runs/certified_digits
   python -m balance_jax.main --config=configs/certified_digits.py:methods --workdir=runs/methods
 
-Expected (experiments/fast_certified). Ablation, 14 minutes on two CPU cores: a verified error of
+Expected (experiments/fast_certified). Ablation, 4 minutes on two CPU cores: a verified error of
 29 % with batch normalisation alone, 21 to 22 % with the initialisation, 32 % without normalisation.
-`methods`, 20 minutes: all certified methods but EXP-IBP within 2 points of IBP at either radius;
-more natural accuracy for MTL-, EXP- and CC-IBP. `ramp`, 10 minutes: at 15 epochs of ramp the recipe
-ends at 24 %, batch normalisation alone at 67 %.
+`methods`: all certified methods but EXP-IBP within 2 points of IBP at either radius; more natural
+accuracy for MTL-, EXP- and CC-IBP. `ramp`: at 15 epochs of ramp the recipe ends at 24 %, batch
+normalisation alone at 67 %.
 """
 
 import ml_collections
