@@ -4,6 +4,7 @@ Source of the architectures: Shi et al., "Fast Certified Robust Training with Sh
 NeurIPS 2021 (arXiv 2103.17268), and the authors' code.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -158,6 +159,29 @@ class ImageNetwork(nn.Module):
   def kernel_init(self, after_sum: bool) -> Callable:
     """Initializer of a layer that is not the last one."""
     return INITIALIZATIONS[self.initialization](0.5 if after_sum else 1.0)
+
+
+class ResidualNetwork(ImageNetwork):
+  """An `ImageNetwork` of a convolution 3x3 and three residual blocks at strides 1, 2, 2.
+
+  A subclass defines `entry_channels`, those of the convolution, and `residual_block`.
+  """
+
+  ends_in_sum: ClassVar[bool] = True
+  entry_channels: ClassVar[int]
+
+  def blocks(self, train: bool) -> list[Callable]:
+    rest = [
+      functools.partial(
+        self.residual_block, index=i, stride=stride, name=f"block_{i}", train=train, after_sum=i > 0
+      )
+      for i, stride in enumerate((1, 2, 2))
+    ]
+    return [lambda x: nn.relu(self.conv(x, self.entry_channels, "conv", train)), *rest]
+
+  def residual_block(self, x, *, index: int, stride: int, name: str, train: bool, after_sum: bool):
+    """relu(a + b) of feature maps; `after_sum` says that x is such a sum itself."""
+    raise NotImplementedError
 
 
 def normalize_pixels(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

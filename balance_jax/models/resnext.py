@@ -4,16 +4,14 @@ Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 
 (arXiv 2103.17268), after Xie et al., 2017 (arXiv 1611.05431).
 """
 
-import functools
-from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
 
-from balance_jax.models.image_layers import ImageNetwork
+from balance_jax.models.image_layers import ResidualNetwork
 
 
-class ResNeXt(ImageNetwork):
+class ResNeXt(ResidualNetwork):
   """Convolution 3x3 to 64 channels, three bottleneck blocks at strides 1, 2, 2, dense, classifier.
 
   A block is conv 1x1, grouped conv 3x3, conv 1x1 to twice the channels, all with norm and the first
@@ -35,23 +33,10 @@ class ResNeXt(ImageNetwork):
   cardinality: int = 2
   base_width: int = 32
 
-  ends_in_sum: ClassVar[bool] = True
+  entry_channels: ClassVar[int] = 64
 
-  def blocks(self, train: bool) -> list[Callable]:
-    rest = [
-      functools.partial(
-        self._block,
-        inner=self.cardinality * self.base_width * 2**i,
-        stride=stride,
-        name=f"block_{i}",
-        train=train,
-        after_sum=i > 0,
-      )
-      for i, stride in enumerate((1, 2, 2))
-    ]
-    return [lambda x: nn.relu(self.conv(x, 64, "conv", train)), *rest]
-
-  def _block(self, x, inner, stride, name, train, after_sum):
+  def residual_block(self, x, *, index, stride, name, train, after_sum):
+    inner = self.cardinality * self.base_width * 2**index
     point = {"kernel_size": (1, 1), "padding": 0}
     y = nn.relu(self.conv(x, inner, f"{name}_conv_0", train, after_sum=after_sum, **point))
     grouped = {"strides": stride, "groups": self.cardinality}

@@ -4,16 +4,14 @@ Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 
 (arXiv 2103.17268), after Zagoruyko and Komodakis, 2016 (arXiv 1605.07146).
 """
 
-import functools
-from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
 
-from balance_jax.models.image_layers import ImageNetwork
+from balance_jax.models.image_layers import ResidualNetwork
 
 
-class WideResNet8(ImageNetwork):
+class WideResNet8(ResidualNetwork):
   """Convolution 3x3 to 16 channels, three basic blocks at strides 1, 2, 2, dense, classifier.
 
   A block is conv, norm, ReLU, conv, norm, plus the input (through a convolution 1x1 and norm where
@@ -32,23 +30,10 @@ class WideResNet8(ImageNetwork):
 
   widen: int = 8
 
-  ends_in_sum: ClassVar[bool] = True
+  entry_channels: ClassVar[int] = 16
 
-  def blocks(self, train: bool) -> list[Callable]:
-    rest = [
-      functools.partial(
-        self._block,
-        features=16 * 2**i * self.widen,
-        stride=stride,
-        name=f"block_{i}",
-        train=train,
-        after_sum=i > 0,
-      )
-      for i, stride in enumerate((1, 2, 2))
-    ]
-    return [lambda x: nn.relu(self.conv(x, 16, "conv", train)), *rest]
-
-  def _block(self, x, features, stride, name, train, after_sum):
+  def residual_block(self, x, *, index, stride, name, train, after_sum):
+    features = 16 * 2**index * self.widen
     enter = {"strides": stride, "after_sum": after_sum}
     y = nn.relu(self.conv(x, features, f"{name}_conv_0", train, **enter))
     y = self.conv(y, features, f"{name}_conv_1", train)

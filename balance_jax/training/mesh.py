@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from balance_jax import _checks
 from balance_jax.data import GroupReader
 from balance_jax.training.sharding import DATA as AXIS
-from balance_jax.training.sharding import Placement
+from balance_jax.training.sharding import Placement, auto_mesh
 from balance_jax.training.state import TrainState
 from balance_jax.training.step import Step
 
@@ -28,15 +28,12 @@ def data_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
   available = jax.device_count()
   num_devices = available if num_devices is None else num_devices
   _checks.check_number("num_devices", num_devices, low=1, high=available, integer=True)
-  # Auto: with explicit axes the scatters and sorts of the losses would raise.
-  return jax.make_mesh(
-    (num_devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices]
-  )
+  return auto_mesh(jax.devices()[:num_devices], **{AXIS: num_devices})
 
 
 def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Copies a pytree to every device of the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return Placement(mesh).put(tree)
 
 
 def data_parallel(step: Step, how: str = "jit", mesh: jax.sharding.Mesh | None = None):

@@ -175,6 +175,12 @@ def write_report(path: str | os.PathLike, title: str, blocks: Sequence[Block]) -
   replace_file(path, page.encode("utf-8"))
 
 
+def check_title(description: Mapping[str, Any]) -> None:
+  """Raises ValueError unless the description of an experiment has a title."""
+  if not description.get("title"):
+    raise ValueError(f"description must have the key 'title', got {sorted(description)}")
+
+
 def write_experiment(
   path: str | os.PathLike,
   description: Mapping[str, Any],

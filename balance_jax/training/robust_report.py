@@ -41,8 +41,7 @@ def write_robust_report(
   Raises:
     ValueError: no title, or the records are refused by `summarize`.
   """
-  if not description.get("title"):
-    raise ValueError(f"description must have the key 'title', got {sorted(description)}")
+  report.check_title(description)
   records = list(records)
   summary = summarize(records, description.get("selection") or "certified")
   report.write_experiment(

@@ -50,13 +50,14 @@ def make_mesh(data: int = -1, model: int = 1) -> jax.sharding.Mesh:
   _checks.check_number("mesh.data", data, low=1, integer=True)
   if data * model > available:
     raise ValueError(f"mesh.data x mesh.model is {data} x {model}; there are {available} devices")
+  return auto_mesh(jax.devices()[: data * model], **{DATA: data, MODEL: model})
+
+
+def auto_mesh(devices, **axes: int) -> jax.sharding.Mesh:
+  """A mesh whose splits the compiler completes; axes: name -> number of devices."""
   # Auto: with explicit axes the scatters and sorts of the losses would raise.
-  return jax.make_mesh(
-    (data, model),
-    (DATA, MODEL),
-    axis_types=(AxisType.Auto,) * 2,
-    devices=jax.devices()[: data * model],
-  )
+  kinds = (AxisType.Auto,) * len(axes)
+  return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)

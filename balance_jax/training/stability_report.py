@@ -34,8 +34,7 @@ def write_stability_report(
   Raises:
     ValueError: no title, or the records are refused by `summarize`.
   """
-  if not description.get("title"):
-    raise ValueError(f"description must have the key 'title', got {sorted(description)}")
+  report.check_title(description)
   summary = summarize(
     records,
     probe_step=description.get("probe_step"),

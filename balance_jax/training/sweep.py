@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from balance_jax import _checks
 from balance_jax.data import GroupReader
 from balance_jax.training.run import check_finite, concatenate_history
-from balance_jax.training.sharding import ONE_DEVICE, Placement
+from balance_jax.training.sharding import ONE_DEVICE, Placement, auto_mesh
 from balance_jax.training.state import TrainState
 
 HOW = ("auto", "vmap", "map", "shard")
@@ -123,9 +123,7 @@ class RunPlan:
     return mapped if len(self.devices) == 1 else self._shard(mapped)
 
   def _shard(self, mapped):
-    mesh = jax.make_mesh(
-      (len(self.devices),), ("run",), axis_types=(AxisType.Auto,), devices=self.devices
-    )
+    mesh = auto_mesh(self.devices, run=len(self.devices))
     # Runs do not speak to each other, so there is no collective for check_vma to check.
     sharded = jax.shard_map(
       mapped,
