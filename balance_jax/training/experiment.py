@@ -26,7 +26,7 @@ from balance_jax.training.robust_task import robust_task
 from balance_jax.training.run import TrainingDivergedError
 from balance_jax.training.stability_task import stability_task
 from balance_jax.training.task import Arm, Task
-from balance_jax.training.workdir import Workdir, WorkdirError, flatten, plain
+from balance_jax.training.workdir import Workdir, WorkdirError, flatten, identity, plain
 
 TASKS = {
   "coordinate_check": coordinate_check,
@@ -119,8 +119,8 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-  """SHA-256 of a resolved config; every checkpoint carries it."""
-  return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+  """SHA-256 of what a resolved config trains; every checkpoint carries it."""
+  return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

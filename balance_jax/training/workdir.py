@@ -16,6 +16,10 @@ from balance_jax.training.metric_log import replace_file
 
 LOCK = ".lock"
 
+# Keys of a config that say how its runs are made, not what they are: they may be others when the
+# same runs go on.
+HOW = ("profile",)
+
 
 class WorkdirError(ValueError):
   """The folder cannot be used: not writable, or it holds another run."""
@@ -77,7 +81,7 @@ class Workdir:
           f"workdir {self.path} is not empty and holds no config.json; choose another --workdir"
         )
       return False
-    self._check_same(flatten(old), flatten(plain(config)))
+    self._check_same(flatten(old), flatten(identity(config)))
     return True
 
   def _check_same(self, old: dict, new: dict) -> None:
@@ -109,7 +113,7 @@ class Workdir:
     for path in self._half_written():
       path.unlink()
     if not begun:
-      self.write("config.json", plain(config))
+      self.write("config.json", identity(config))
 
   def _half_written(self) -> list[Path]:
     """What `replace_file` of a process that was killed has left, in the arms as well."""
@@ -138,6 +142,19 @@ class Workdir:
       return json.loads(path.read_text())
     except ValueError as error:
       raise WorkdirError(f"{path} is damaged ({error}); remove the workdir {self.path}") from error
+
+
+def identity(config: Mapping) -> dict[str, Any]:
+  """What says which runs these are: the config as `plain`, without the keys in `HOW`."""
+
+  def without(section: Mapping, prefix: str) -> dict[str, Any]:
+    return {
+      key: without(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+      for key, value in section.items()
+      if f"{prefix}{key}" not in HOW
+    }
+
+  return without(plain(config), "")
 
 
 def plain(config: Mapping) -> Any:

@@ -29,6 +29,12 @@ def test_another_config_is_refused_with_its_keys(tmp_path):
   assert Workdir(tmp_path).check(CONFIG)
 
 
+def test_how_the_runs_are_made_may_change(tmp_path):
+  Workdir(tmp_path).open({**CONFIG, "profile": "3:4"})
+  assert "profile" not in Workdir(tmp_path).read("config.json")
+  assert Workdir(tmp_path).check({**CONFIG, "profile": ""})
+
+
 def test_foreign_damaged_and_unusable_folders(tmp_path):
   (tmp_path / "foreign").mkdir()
   (tmp_path / "foreign" / "letter.txt").write_text("dear")
