@@ -46,13 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     return 128 + stop.signum
   except (*experiment.FAILURES, FlagsError, hosts.StartError) as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return hosts.leave(2)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
     print(f"error: another process is gone ({str(error).splitlines()[0]})", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(2)  # an orderly end would wait for the other process
+    return hosts.leave(2)
   return 0
 
 

@@ -1,4 +1,4 @@
-"""Saving and restoring the whole state of a run with orbax.
+"""Saving and restoring the whole state of a run with orbax, while the run goes on.
 
 A checkpoint holds the state (typed keys and every dtype included) and a small JSON value. Orbax
 writes into a temporary folder and renames it; then a seal is added, the SHA-256 of every file. What
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from balance_jax import _checks
 from balance_jax.training import hosts
@@ -36,7 +37,8 @@ class Checkpointer:
 
   Args:
     directory: folder of the checkpoints; made when missing.
-    max_to_keep: how many of the newest to keep, >= 1. The one with the best score is kept as well.
+    max_to_keep: how many of the newest to keep, >= 1. The one with the best score is kept as well,
+      and until the next save is over, the one that it replaces.
   """
 
   def __init__(self, directory, max_to_keep: int = 2):
@@ -44,18 +46,26 @@ class Checkpointer:
 
     _checks.check_number("max_to_keep", max_to_keep, low=1, integer=True)
     self._ocp, self._max_to_keep = ocp, max_to_keep
-    # Synchronous: the state is donated to the next step, so it must be on disk before that starts.
-    # All are kept: orbax would remove the old one before the new one has its seal.
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
     self._directory = Path(directory).absolute()
-    self._manager = ocp.CheckpointManager(
-      self._directory, options=options, handler_registry=_handlers(ocp)
-    )
+    # The step that is being written and when it is done; the newest one that has been.
+    self._running: tuple[int, concurrent.futures.Future] | None = None
+    self.finished_step: int | None = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._log = logging.getLogger("absl")
+    self._log.addFilter(_is_not_of_orbax)
+    handler = ocp.CompositeCheckpointHandler(handler_registry=_handlers(ocp))
+    self._orbax = ocp.AsyncCheckpointer(handler)
+    hosts.on_main(self._prepare)
+
+  def _prepare(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    for folder in self._unfinished("*"):
+      shutil.rmtree(folder)
 
   def save(self, step: int, state: Any, extra: Any = None, score: float | None = None) -> None:
-    """Writes a checkpoint, then removes those that need not be kept.
+    """Starts to write a checkpoint, when the one before is finished.
+
+    The state is copied on its devices first and may be donated at once.
 
     Args:
       step: its number, larger than those before it; a step already saved is left as it is.
@@ -64,32 +74,40 @@ class Checkpointer:
       score: how good the state is, the lower the better; None, or not finite, counts for nothing.
 
     Raises:
-      CheckpointError: the disk refused; nothing of this checkpoint is left, the others are whole.
+      CheckpointError: as `finish`, of the one before or of this one.
     """
-    if step in self._manager.all_steps():
+    self.finish()
+    if step in self._steps():
       if self._damage(step) is None:
         return
-      self._manager.delete(step)
+      hosts.on_main(self._remove, step)
     args = self._ocp.args
+    items = args.Composite(state=args.PyTreeSave(_copy(state)), extra=args.JsonSave([extra]))
     with self._undone_on_failure(step):
-      self._manager.save(
-        step, args=args.Composite(state=args.PyTreeSave(state), extra=args.JsonSave([extra]))
-      )
-      self._manager.wait_until_finished()
-      hosts.on_main(self._seal, step, score)
-    newest = sorted(self._manager.all_steps())[-self._max_to_keep :]
-    superseded = sorted(set(self._manager.all_steps()) - {*newest, self.best_step()})
-    hosts.wait_for_all()  # all have looked before one deletes
-    for old in superseded:
-      self._manager.delete(old)
+      self._orbax.save(self._directory / str(step), args=items)
+    self._running = step, self._thread.submit(self._complete, step, score)
+
+  def finish(self) -> None:
+    """Waits until the running save is on the disk, then removes those that need not be kept.
+
+    Raises:
+      CheckpointError: the disk refused; nothing of this checkpoint is left, the others are whole.
+    """
+    if self._running is None:
+      return
+    (step, written), self._running = self._running, None
+    with self._undone_on_failure(step):
+      written.result()
+    hosts.on_main(self._remove_superseded)
 
   def latest_step(self) -> int | None:
-    """Number of the newest checkpoint, usable or not, or None."""
-    return max(self._manager.all_steps(), default=None)
+    """Number of the newest checkpoint, usable or not, or None; waits for the running save."""
+    self.finish()
+    return max(self._steps(), default=None)
 
   def best_step(self) -> int | None:
     """Number of the checkpoint with the lowest score, the newest of equals, or None."""
-    scores = {step: self._sealed(step).get("score") for step in self._manager.all_steps()}
+    scores = {step: self._sealed(step).get("score") for step in self._steps()}
     known = [(score, -step) for step, score in scores.items() if score is not None]
     return -min(known)[1] if known else None
 
@@ -112,7 +130,8 @@ class Checkpointer:
       CheckpointError: no checkpoint, or not the one asked for, agrees with its seal.
       ValueError: from orbax, when tree or shapes differ from the target.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    self.finish()
+    steps = sorted(self._steps(), reverse=True) if step is None else [step]
     if not steps:
       raise FileNotFoundError(f"no checkpoint in {self._directory}")
     damages = []
@@ -128,27 +147,24 @@ class Checkpointer:
       )
     args = self._ocp.args
     abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, target)
-    restored = self._manager.restore(
-      number, args=args.Composite(state=args.StandardRestore(abstract), extra=args.JsonRestore())
+    restored = self._orbax.restore(
+      self._directory / str(number),
+      args=args.Composite(state=args.StandardRestore(abstract), extra=args.JsonRestore()),
     )
     for damaged, message in zip(steps, damages, strict=False):
       hosts.say(f"{message}; going back to step {number}")
-      self._manager.delete(damaged)
+      hosts.on_main(self._remove, damaged)
+    self.finished_step = number
     return restored.state, restored.extra[0]
 
   @contextlib.contextmanager
   def _undone_on_failure(self, step: int):
     """Removes what a failing save leaves; what the disk complained of becomes one line."""
-    # Orbax would also log the tracebacks of its threads; ours has them as its cause.
-    log = logging.getLogger("absl")
-    was_disabled, log.disabled = log.disabled, True
     try:
       yield
     except Exception as error:
-      for path in self._directory.glob(f"{step}*"):
-        if path.name.partition(".")[0] == str(step):
-          shutil.rmtree(path, ignore_errors=True)
-      self._manager.reload()
+      for path in (*self._directory.glob(str(step)), *self._unfinished(step)):
+        shutil.rmtree(path, ignore_errors=True)
       reason = _os_reason(error)
       if reason is None:
         raise
@@ -156,17 +172,36 @@ class Checkpointer:
         f"checkpoint {self._directory / str(step)} cannot be written: {reason}; the same command "
         f"goes on from {_named(self.latest_step())}"
       ) from error
-    finally:
-      log.disabled = was_disabled
 
-  def _files(self, step: int) -> list[Path]:
-    folder = self._directory / str(step)
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+  def _steps(self) -> list[int]:
+    return [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()]
+
+  def _unfinished(self, step: int | str) -> list[Path]:
+    """Where orbax is writing, or was when it was killed."""
+    return list(self._directory.glob(f"{step}{self._ocp.utils.TMP_DIR_SUFFIX}*"))
+
+  def _remove(self, step: int) -> None:
+    """Without its seal first: what a kill leaves of it does not count."""
+    (self._directory / str(step) / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(self._directory / str(step))
+
+  def _remove_superseded(self) -> None:
+    steps = sorted(self._steps())
+    for step in {*steps[: -self._max_to_keep]} - {self.best_step()}:
+      self._remove(step)
+
+  def _complete(self, step: int, score: float | None) -> None:
+    """In a thread of its own: what follows when all processes have written their parts."""
+    self._orbax.wait_until_finished()
+    if hosts.is_main():
+      self._seal(step, score)
+    self.finished_step = step
 
   def _seal(self, step: int, score: float | None) -> None:
     """Writes the digests of all files, last and whole: from now on the checkpoint counts."""
     folder = self._directory / str(step)
-    files = {path.relative_to(folder).as_posix(): path for path in self._files(step)}
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    files = {name: path for name, path in sorted(files.items()) if path.is_file()}
     digests = dict(zip(files, _digests(files.values()), strict=True))
     known = score is not None and math.isfinite(score)
     content = {"files": digests, "score": float(score) if known else None}
@@ -198,14 +233,30 @@ class Checkpointer:
         return f"{name} has changed since it was written"
     return None
 
-  def close(self) -> None:
-    self._manager.close()
-
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *exc_info) -> None:
-    self.close()
+  def __exit__(self, kind, error, trace) -> None:
+    try:
+      if error is None:
+        self.finish()
+    finally:
+      # After an error too the running save may come to its end. Another process may never hear of
+      # that error, so nothing is asked of it.
+      self._thread.shutdown()
+      with contextlib.suppress(Exception):
+        self._orbax.close()
+      self._log.removeFilter(_is_not_of_orbax)
+
+
+@jax.jit
+def _copy(state):
+  return jax.tree.map(jnp.copy, state)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  """Orbax would log the tracebacks of its threads; ours has them as its cause."""
+  return "orbax" not in record.pathname
 
 
 def _handlers(ocp):

@@ -4,12 +4,17 @@ Process 0 alone writes config, logs, results and report; all of them save checkp
 that they share.
 """
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+# Seconds that process 0 gives the others to say what they know of a failure.
+LAST_WORDS = 3.0
 
 
 class OtherProcessError(RuntimeError):
@@ -95,6 +100,21 @@ def on_main(fn: Callable, *args) -> Any:
   if failed:
     raise OtherProcessError("process 0 stopped; its message says why")
   return result
+
+
+def leave(code: int) -> int:
+  """Ends this process after a failure, where there are others; otherwise gives the code back.
+
+  An orderly end would wait for the others, who wait for this one where they do not know of it. With
+  process 0 the meeting point of all goes, and JAX aborts whoever is left: so it leaves last.
+  """
+  if jax.process_count() > 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_main():
+      time.sleep(LAST_WORDS)
+    os._exit(code)
+  return code
 
 
 class Silent:

@@ -49,7 +49,7 @@ class Training:
     self._began = time.monotonic()
     # Every return to a checkpoint so far: the step that diverged, the metric, the runs (indices).
     self._rollbacks: list[dict] | None = None
-    self._score = None
+    self._score, self._done = None, 0
 
   def run(self) -> float:
     """Trains to the last step.
@@ -63,7 +63,7 @@ class Training:
       InterruptedRunError: stopped by a signal, saved.
       CheckpointError: a checkpoint cannot be written, or none of those there can be used.
     """
-    with stop_signals(at_once=jax.process_count() == 1) as self._stop:
+    with stop_signals(self._is_saved if jax.process_count() == 1 else None) as self._stop:
       while True:
         redone = self._resume()
         try:
@@ -78,7 +78,6 @@ class Training:
 
   def _resume(self) -> list[dict]:
     """Takes up the last checkpoint, or begins; returns the records of returns it does not know."""
-    self._stop.unsaved = False
     if not self._checkpoints.latest_step():  # the state before step 0 is soon made again
       self._states, self._done = self._arm.runs.init(), 0
       extra = {"seconds": 0.0, "rollbacks": []}
@@ -121,6 +120,7 @@ class Training:
         metrics = self._chunk()
         progress.update(self._done, group_means(arm, metrics))
         self._look_around(last=self._done == steps)
+      self._checkpoints.finish()
       return self._elapsed()
 
   def _open_progress(self):
@@ -148,7 +148,6 @@ class Training:
     chunk = self._arm.train["chunk"]
     self._states, metrics = self._arm.runs.advance(self._states, chunk)
     metrics = jax.device_get(metrics)
-    self._stop.unsaved = True
     if not self._arm.allow_divergence:
       self._check(metrics)
     self._done += chunk
@@ -170,6 +169,7 @@ class Training:
       self._save()
     if stop:  # after the last step too: a next arm must not start
       signum = self._stop.caught[0] if self._stop.caught else signal.SIGTERM
+      self._checkpoints.finish()
       raise InterruptedRunError(signum, done, self._folder.path)
 
   def _check(self, metrics: dict) -> None:
@@ -209,7 +209,10 @@ class Training:
       },
       score=score if step == self._done else None,
     )
-    self._stop.unsaved = False
+
+  def _is_saved(self) -> bool:
+    """Whether the steps that are done have reached the disk."""
+    return self._checkpoints.finished_step == self._done
 
   def _elapsed(self) -> float:
     return self._before + time.monotonic() - self._began

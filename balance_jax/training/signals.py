@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 # Seconds the main thread gets to leave by itself; while XLA compiles it cannot even notice.
 GRACE = 1.0
@@ -26,23 +27,22 @@ class StopRequest:
 
   Attributes:
     caught: the signals so far.
-    unsaved: whether something has been finished that no checkpoint holds; kept by the run.
   """
 
   def __init__(self):
     self.caught: list[int] = []
-    self.unsaved = False
 
 
 @contextlib.contextmanager
-def stop_signals(at_once: bool = True):
+def stop_signals(is_saved: Callable[[], bool] | None = None):
   """Collects Ctrl-C and SIGTERM instead of dying; a second Ctrl-C interrupts at once.
 
-  SIGTERM with nothing unsaved ends the process within `GRACE` seconds, in the middle of a
-  compilation too, with exit code 143. Only for the main thread.
+  SIGTERM with nothing unsaved ends the process within `GRACE` seconds, or when the running save is
+  over, in the middle of a compilation too, with exit code 143. Only for the main thread.
 
   Args:
-    at_once: whether to do so; not where other processes take part, which would lose one.
+    is_saved: tells whether all that is done has been saved, from another thread; None never to end
+      like this, as where other processes take part, which would lose one.
 
   Yields:
     `StopRequest`.
@@ -60,7 +60,7 @@ def stop_signals(at_once: bool = True):
   # Handlers run between two lines of Python only; the number of the signal is written at once.
   old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-  watcher = threading.Thread(target=_watch, args=(reader, stop, left, at_once), daemon=True)
+  watcher = threading.Thread(target=_watch, args=(reader, left, is_saved), daemon=True)
   watcher.start()
   try:
     yield stop
@@ -74,14 +74,16 @@ def stop_signals(at_once: bool = True):
     os.close(reader)
 
 
-def _watch(reader: int, stop: StopRequest, left: threading.Event, at_once: bool) -> None:
+def _watch(reader: int, left: threading.Event, is_saved: Callable[[], bool] | None) -> None:
   """Ends the process after a SIGTERM that the main thread does not heed, if that loses nothing."""
   while number := os.read(reader, 1):
-    due = at_once and number[0] == signal.SIGTERM and not left.wait(GRACE)
-    if due and not stop.unsaved:
-      print(
-        "stopped by SIGTERM, nothing to save: the same command goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-      )
-      os._exit(128 + signal.SIGTERM)
+    if is_saved is None or number[0] != signal.SIGTERM:
+      continue
+    while not left.wait(GRACE):
+      if is_saved():  # or may be so in a moment: a save takes its time
+        print(
+          "stopped by SIGTERM, nothing to save: the same command goes on from the last checkpoint",
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)

@@ -1,7 +1,9 @@
 """Checkpoints hold every kind of array, keep the newest and the best, and notice any damage."""
 
+import os
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,46 @@ def test_state_comes_back_bit_for_bit(tmp_path):
   np.testing.assert_array_equal(history["loss"], expected_history["loss"])
 
 
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+  may_end, seal = threading.Event(), Checkpointer._seal
+
+  def seal_late(*args):
+    assert may_end.wait(60)
+    seal(*args)
+
+  monkeypatch.setattr(Checkpointer, "_seal", seal_late)
+  state = {"x": jnp.arange(1e6), "key": jax.random.key(3)}
+  expected = np.asarray(state["x"]).copy()
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(4, state)
+    changed = jax.jit(lambda s: {**s, "x": -s["x"]}, donate_argnums=0)(state)
+    assert state["x"].is_deleted()
+    assert float(changed["x"][2]) == -2.0
+    assert checkpoints.finished_step is None
+    may_end.set()
+    restored, _ = checkpoints.restore(jax.eval_shape(lambda: changed))
+    assert checkpoints.finished_step == 4
+  np.testing.assert_array_equal(restored["x"], expected)
+
+
+def test_what_goes_wrong_with_a_running_save_is_said_by_the_next(tmp_path, monkeypatch):
+  def refuse(*args):
+    raise OSError(28, os.strerror(28))
+
+  with Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(4, {"x": jnp.float32(4)})
+    checkpoints.finish()
+    with monkeypatch.context() as patch:
+      patch.setattr(Checkpointer, "_seal", refuse)
+      checkpoints.save(8, {"x": jnp.float32(8)})
+      with pytest.raises(CheckpointError, match=r"/8 cannot be written: No space .* from step 4"):
+        checkpoints.save(12, {"x": jnp.float32(12)})
+    assert names(tmp_path) == ["4"]
+    assert checkpoints.finished_step == 4
+    checkpoints.save(12, {"x": jnp.float32(12)})
+  assert names(tmp_path) == ["12", "4"]
+
+
 def test_keeps_the_newest(tmp_path):
   with Checkpointer(tmp_path, max_to_keep=2) as checkpoints:
     for step in (1, 2, 3):
@@ -60,15 +102,18 @@ def test_keeps_the_best_beside_the_newest(tmp_path):
   with Checkpointer(tmp_path, max_to_keep=1) as checkpoints:
     for step, score in scores.items():
       checkpoints.save(step, {"x": jnp.float32(step)}, score=score)
+      checkpoints.finish()
       kept.append(names(tmp_path))
     assert checkpoints.best_step() == 6  # the newer of two equal ones
     checkpoints.save(7, {"x": jnp.float32(7)}, score=2.0)
+    checkpoints.finish()
     seal = tmp_path / "7" / SEAL
     seal.write_text(seal.read_text().replace('"score": 2.0', '"score": 0.5'))
     assert checkpoints.best_step() == 6  # a seal that was changed counts for nothing
   assert kept == [["1"], ["2"], ["2", "3"], ["2", "4"], ["2", "5"], ["6"]]
   with Checkpointer(tmp_path / "other") as checkpoints:
     checkpoints.save(0, {"x": jnp.float32(0)})
+    checkpoints.finish()
     assert checkpoints.best_step() is None
 
 
@@ -151,13 +196,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path, capfd
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   with Checkpointer(tmp_path) as checkpoints:
     checkpoints.save(4, state)
+    checkpoints.finish()
     files = {path: path.stat().st_size for path in (tmp_path / "4").rglob("*") if path.is_file()}
     too_large = [path.name for path, size in files.items() if size > limit]
     assert (too_large == [SEAL]) == (limit == 600)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
+      checkpoints.save(8, state)
       with pytest.raises(CheckpointError) as error:
-        checkpoints.save(8, state)
+        checkpoints.finish()
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = f"checkpoint {tmp_path}/8 cannot be written: File too large; the same command goes"

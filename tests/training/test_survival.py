@@ -15,7 +15,7 @@ import pytest
 
 from balance_jax import data
 from balance_jax.training import experiment
-from balance_jax.training.checkpoint import Checkpointer
+from balance_jax.training.checkpoint import SEAL, Checkpointer
 from balance_jax.training.metric_log import MetricLog, read_records
 from balance_jax.training.sweep import SweepRuns
 from balance_jax.training.workdir import LOCK
@@ -91,8 +91,14 @@ def test_killed_at_random_points_the_result_is_the_same(tmp_path, whole, target,
     assert_same(path, expected, target)
 
 
+def save_now(self, *args, original=Checkpointer.save, **kwargs) -> None:
+  original(self, *args, **kwargs)
+  self.finish()
+
+
 def fill_the_disk(owner, method, call) -> None:
   """In one call of a method no file can grow as large as the state, or the metrics."""
+  Checkpointer.save = save_now  # the limit counts for what other threads write as well
   original, calls = getattr(owner, method), []
 
   def limited(self, *args, **kwargs):
@@ -162,7 +168,7 @@ def test_sigterm_during_compilation_ends_at_once(tmp_path, whole, target):
 def test_a_second_process_and_a_folder_that_cannot_be_written(tmp_path):
   path, marker = tmp_path / "run", tmp_path / "compiling"
   first = tiny_run.start(path, functools.partial(compile_for_hours, marker), **SMALL)
-  while not marker.exists():
+  while not marker.exists() or not (path / "checkpoints" / "0" / SEAL).exists():
     assert first.exitcode is None
     time.sleep(0.05)
 
