@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Seconds without a sign of life after which a process counts as dead, and all the others end.
+HEARTBEAT = 100
+
 # Seconds that process 0 gives the others to say what they know of a failure.
 LAST_WORDS = 3.0
 
@@ -46,7 +49,9 @@ def start(
   if not missing and not 0 <= process_id < num_processes:
     raise StartError(f"process_id is {process_id}; allowed: 0 to {num_processes - 1}")
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT
+    )
   except (ValueError, RuntimeError) as error:
     raise StartError(
       f"the processes did not find each other ({error}); give --coordinator, --num_processes and "

@@ -57,18 +57,21 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["balance_jax.main", "orbax.checkpoint", __name__])
 
 
-def start(path, prepare=None, **changes):
+def start(path, prepare=None, flags=(), log="", **changes):
   """Runs the command line on the tiny config in a process of its own.
 
   Args:
     path: the workdir; what the process says goes to the files path.out and path.err beside it.
     prepare: called in that process first; picklable.
+    flags: of the command line, beside config and workdir.
+    log: put before .out and .err, to tell several processes apart.
     **changes: as for `tiny`.
 
   Returns:
     The started process.
   """
-  process = _PROCESSES.Process(target=_command, args=(Path(path), prepare, changes), daemon=True)
+  arguments = Path(path), prepare, flags, log, changes
+  process = _PROCESSES.Process(target=_command, args=arguments, daemon=True)
   process.start()
   return process
 
@@ -81,9 +84,9 @@ def finish(path, prepare=None, **changes) -> tuple[int, str]:
   return process.exitcode, Path(f"{path}.err").read_text()
 
 
-def _command(path: Path, prepare, changes) -> None:
+def _command(path: Path, prepare, given, log, changes) -> None:
   for number, suffix in ((1, "out"), (2, "err")):
-    with open(f"{path}.{suffix}", "wb") as file:
+    with open(f"{path}{log}.{suffix}", "wb") as file:
       os.dup2(file.fileno(), number)
   import jax
   from absl import flags
@@ -93,7 +96,7 @@ def _command(path: Path, prepare, changes) -> None:
 
   data.load_documents = load_documents
   config.parse_flags = lambda *_: (tiny(**changes), str(path))
-  flags.FLAGS([""])
+  flags.FLAGS(["", *given])
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if prepare is not None:
     prepare()
