@@ -1,8 +1,8 @@
 """Data by group: text and image sources, prepared data sets, device table, host reader, crops."""
 
 from balance_jax.data.augment import augment, random_crop, random_flip
-from balance_jax.data.builder import load_documents
 from balance_jax.data.digests import CorruptedDataError
+from balance_jax.data.documents import load_documents
 from balance_jax.data.image_sources import IMAGE_SOURCES
 from balance_jax.data.images import (
   ImageData,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from balance_jax.data import builder, digests, sources
+from balance_jax.data import digests, prepared, sources
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
@@ -140,10 +140,9 @@ def read_tfds(split: str, source: str, data_dir: str | os.PathLike | None = None
     The split.
   """
   default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  directory = builder._find_dataset(source, builder._data_dir(data_dir, default))
-  with builder._damage(directory, verified=False):
-    dataset = builder._tfds().builder_from_directory(str(directory))
-    info = dataset.info
+  directory = prepared.find_dataset(source, prepared.data_directory(data_dir, default))
+  dataset = prepared.open_dataset(directory)
+  info = dataset.info
   for feature in ("image", "label"):
     if feature not in info.features:
       raise ValueError(
@@ -154,9 +153,8 @@ def read_tfds(split: str, source: str, data_dir: str | os.PathLike | None = None
     raise ValueError(f"source {source!r}: feature 'label' must be a ClassLabel with classes")
   carved = split != "test" and "validation" not in info.splits
   stored = "train" if carved else split
-  builder._check_request(info, stored, "label", "image")
-  with builder._damage(directory, verified=False):
-    examples = builder._examples(dataset, stored, ("image", "label"))
+  found = prepared.Examples(dataset, stored, ("label", "image"))
+  examples = [example for numbers in found.chunks() for example in found.read(numbers)]
   index = _permutation(len(examples))
   if carved:
     index = _hold_out(index, split, len(index) // 10)

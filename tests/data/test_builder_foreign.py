@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from balance_jax import data
-from balance_jax.data import builder, digests
+from balance_jax.data import digests, prepared
 from tests.data.conftest import damage, version_dir, write_dataset
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="pip install 'balance_jax[data]'")
@@ -77,7 +77,7 @@ def test_configs_and_versions_are_found(copied):
   # Versions are numbers: 1.0.0 < 1.9.0 < 1.10.0.
   for version in ("1.9.0", "1.10.0"):
     shutil.copytree(config / "1.0.0", config / version)
-  assert builder._find_dataset(name, copied).name == "1.10.0"
+  assert prepared.find_dataset(name, copied).name == "1.10.0"
 
 
 def test_slices(tmp_path):
