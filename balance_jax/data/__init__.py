@@ -13,6 +13,7 @@ from balance_jax.data.images import (
   to_float,
 )
 from balance_jax.data.reader import GroupReader
+from balance_jax.data.row_files import load_rows
 from balance_jax.data.sources import SOURCES, DatasetNotInstalledError
 from balance_jax.data.table import GroupTable, group_table
 from balance_jax.data.text import END_OF_DOCUMENT, VOCAB_SIZE, decode, encode
@@ -35,6 +36,7 @@ __all__ = [
   "imbalanced_counts",
   "load_documents",
   "load_images",
+  "load_rows",
   "random_crop",
   "random_flip",
   "take_classes",

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import io
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,29 +99,22 @@ def prepare(name: str, data_dir: Path) -> Path:
   # With the fingerprint in the path, a new release of the package is a new data set.
   config = f"{name}-{source.fingerprint()}"
   final = data_dir / DATASET / config / VERSION
-  if final.exists():
-    return final
-  prepared.import_tfds()  # so that a missing package is reported first
-  print(f"balance_jax: preparing {name} in {final}", file=sys.stderr)
-  records = list(source())
-  if not records:
-    raise ValueError(f"source {name!r} has no translated string")
-  data_dir.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as scratch:
+
+  def make(scratch: Path) -> Path:
+    prepared.import_tfds()  # so that a missing package is reported first
+    print(f"balance_jax: preparing {name} in {final}", file=sys.stderr)
+    records = list(source())
+    if not records:
+      raise ValueError(f"source {name!r} has no translated string")
     built = _build(source, config, records, scratch)
     digests.write_digests(built, {"languages": sorted({record.language for record in records})})
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # One rename makes the data set visible, complete with its digests.
-    try:
-      built.rename(final)
-    except OSError:
-      if not final.exists():  # else another process was first, with the same content
-        raise
-  return final
+    return built
+
+  return prepared.make_once(final, data_dir, make)
 
 
 def _build(
-  source: sources.Source, config: str, records: list[sources.Record], scratch: str
+  source: sources.Source, config: str, records: list[sources.Record], scratch: Path
 ) -> Path:
   # TFDS prints its progress, whatever the settings of logging.
   silent = io.StringIO()

@@ -7,7 +7,8 @@ stored as array_record or parquet.
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,33 @@ def import_tfds():
 
 
 # --- Finding ---
+
+
+def make_once(final: Path, root: Path, make: Callable[[Path], Path]) -> Path:
+  """The directory `final` below `root`, complete or not there at all.
+
+  Args:
+    final: where it lies.
+    root: made when missing.
+    make: make(scratch) -> the directory, made below the folder it is given; called where there is
+      none yet.
+
+  Returns:
+    `final`.
+  """
+  if final.exists():
+    return final
+  root.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as scratch:
+    made = make(Path(scratch))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # One rename makes it visible.
+    try:
+      made.rename(final)
+    except OSError:
+      if not final.exists():  # else another process was first, with the same content
+        raise
+  return final
 
 
 def existing_directory(source: str | os.PathLike) -> Path:

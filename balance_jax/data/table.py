@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balance_jax import _checks
 from balance_jax.data import text
 
 # Positions are int32: JAX's default integer, and what a gather takes on every device.
@@ -137,25 +138,29 @@ def group_table(
   >>> [text.decode(row) for row in np.asarray(table.rows["tokens"])[2:]]
   ['oui,', ', no']
   """
-  if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
-    raise ValueError(f"window must be an integer >= 1, got {window!r}")
+  _checks.check_number("window", window, low=1, integer=True)
   check_groups("documents", documents)
   separator = _tokens("end_of_document", np.array([end_of_document]))
   streams = {name: _stream(name, value, separator) for name, value in documents.items()}
   for name, stream in streams.items():
-    if stream.size < window + 1:
-      raise ValueError(
-        f"group {name!r} has {stream.size} tokens, fewer than the {window + 1} of one row (window "
-        f"= {window}): give it more text or take a smaller window"
-      )
+    check_length(name, stream.size, window)
   small = all(stream.dtype == np.uint8 for stream in streams.values())
   dtype = np.uint8 if small else np.int32
   return GroupTable.from_rows(
     {
-      name: {"tokens": _rows(stream.astype(dtype, copy=False), window)}
+      name: {"tokens": windows(stream.astype(dtype, copy=False), window)}
       for name, stream in streams.items()
     }
   )
+
+
+def check_length(name: str, tokens: int, window: int) -> None:
+  """ValueError for a group without enough text for one row."""
+  if tokens < window + 1:
+    raise ValueError(
+      f"group {name!r} has {tokens} tokens, fewer than the {window + 1} of one row (window "
+      f"= {window}): give it more text or take a smaller window"
+    )
 
 
 def check_groups(argument: str, groups) -> None:
@@ -274,5 +279,6 @@ def _tokens(owner: str, tokens: np.ndarray) -> np.ndarray:
   return tokens.astype(np.uint8 if high < text.VOCAB_SIZE else np.int32)
 
 
-def _rows(stream: np.ndarray, window: int) -> np.ndarray:
+def windows(stream: np.ndarray, window: int) -> np.ndarray:
+  """Rows (n, window + 1) of tokens (T,), T > window; two neighbours share a token."""
   return np.lib.stride_tricks.sliding_window_view(stream, window + 1)[::window]
