@@ -16,7 +16,7 @@ import optax
 import workloads
 
 from balance_jax import mixing, training
-from balance_jax.training.sweep import SweepRuns
+from balance_jax.training.sweep_runs import SweepRuns
 
 RUNS = 8
 STEPS = {

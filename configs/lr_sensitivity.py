@@ -31,6 +31,9 @@ def base() -> ml_collections.ConfigDict:
   config.data.text_key = "text"  # feature that holds the text
   config.data.window = 64  # bytes predicted per row
   config.data.eval_rows = 256  # held-out rows
+  config.data.reader = "memory"  # or "threads", "processes": rows are read from disk as needed
+  config.data.workers = 4  # threads or processes that read
+  config.data.max_corrupt = 0  # rows that may be unreadable; others take their place
 
   config.model = ml_collections.ConfigDict()
   config.model.mlp_ratio = 4  # hidden units of the MLP per unit of width

@@ -30,6 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.text_key = "text"  # feature that holds the text
   config.data.window = 512  # bytes predicted per row
   config.data.eval_rows = 2048  # held-out rows per language, at most
+  config.data.reader = "memory"  # or "threads", "processes": rows are read from disk as needed
+  config.data.workers = 4  # threads or processes that read
+  config.data.max_corrupt = 0  # rows that may be unreadable; others take their place
 
   config.model = ml_collections.ConfigDict()
   config.model.width = 512
@@ -66,13 +69,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Every method that can be named in `methods`: a mixer of balance_jax.mixing.MIXERS and its
   # arguments. draw: target = upsample, natural = upweight, optimal = least variance.
+  # delay: steps by which a draw that adapts is known before; a reader needs 2 * train.chunk.
   half = config.train.get_ref("steps") // 2
   config.mixers = ml_collections.ConfigDict()
   config.mixers.proportional = {"mixer": "proportional", "draw": "target"}
   config.mixers.temperature_5 = {"mixer": "temperature", "tau": 5.0, "draw": "target"}
   config.mixers.temperature_100 = {"mixer": "temperature", "tau": 100.0, "draw": "target"}
   config.mixers.scalarization_5 = {"mixer": "temperature", "tau": 5.0, "draw": "natural"}
-  config.mixers.optimal_5 = {"mixer": "temperature", "tau": 5.0, "draw": "optimal"}
+  config.mixers.optimal_5 = {"mixer": "temperature", "tau": 5.0, "draw": "optimal", "delay": 1}
   config.mixers.cooldown = {"mixer": "cooldown", "tau_hi": 5.0, "tau_lo": 1.0, "draw": "target"}
   config.mixers.cooldown.switch_step = half
   config.mixers.increasing = {"mixer": "cooldown", "tau_hi": 1.0, "tau_lo": 5.0, "draw": "target"}

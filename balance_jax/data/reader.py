@@ -85,6 +85,13 @@ class GroupReader:
     """int64 (K,): rows by group."""
     return np.array(self.group_sizes, np.int64)
 
+  @property
+  def row_shapes(self) -> Any:
+    """Pytree of `jax.ShapeDtypeStruct`: shape and dtype of one row."""
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], as_stored(x).dtype), self._like[1]
+    )
+
   def take(self, groups, indices) -> Any:
     """Reads rows: on the host, so not under jit. A row asked for several times is read once.
 

@@ -53,7 +53,8 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
 
   Raises:
     BadInputError: a wrong value in the config, data that cannot be read, a folder that cannot be
-      used or holds damaged files. Nothing has been written then.
+      used or holds damaged files. Nothing has been written then, unless rows that are read while
+      training are damaged.
     TrainingDivergedError, InterruptedRunError, CheckpointError: see `Training.run`.
     OSError: the disk is full or refuses; what was saved before is whole.
   """
@@ -68,7 +69,7 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
     if first is not None:
       jax.eval_shape(first.runs.init)
     hosts.on_main(folder.open, config)
-  with contextlib.closing(folder), _bad_input(WorkdirError):
+  with contextlib.closing(folder), _bad_input(WorkdirError, CorruptedDataError):
     seconds = _run_arms(config, task, folder, first)
     hosts.on_main(_conclude, config, task, folder, seconds)
 

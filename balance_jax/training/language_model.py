@@ -14,7 +14,7 @@ import numpy as np
 
 from balance_jax import _checks, mixing
 from balance_jax.training import byte_text
-from balance_jax.training.measure import evaluate, gradient_variance
+from balance_jax.training.measure import evaluate, variance_draws, variance_on_rows
 from balance_jax.training.mixture_report import (
   console_table,
   summarize,
@@ -22,11 +22,13 @@ from balance_jax.training.mixture_report import (
   write_mixture_report,
 )
 from balance_jax.training.optimizers import SWEEPABLE, make_optimizer
+from balance_jax.training.reading import check_foreseen
 from balance_jax.training.sharding import placement
 from balance_jax.training.state import TrainState, init_state
 from balance_jax.training.step import Step, make_step
-from balance_jax.training.sweep import SweepRuns, product
-from balance_jax.training.task import Arm, Task, check_schedule
+from balance_jax.training.sweep import product
+from balance_jax.training.sweep_runs import SweepRuns
+from balance_jax.training.task import Arm, RowMeasurement, Task, check_schedule
 
 
 def language_model(config: Mapping[str, Any]) -> Task:
@@ -43,7 +45,7 @@ def language_model(config: Mapping[str, Any]) -> Task:
   _checks.check_number("train.max_rollbacks", rollbacks, low=0, integer=True)
   mixers = _check_config(config)
   spec, train = config["data"], config["train"]
-  table = byte_text.load_table(spec, "train")
+  table = byte_text.load_rows(spec, "train")
   arm = Arm(
     runs=_runs(config, table, [make(table.sizes) for make in mixers]),
     labels=tuple(_label(config, cell) for cell in _cells(config)),
@@ -52,9 +54,7 @@ def language_model(config: Mapping[str, Any]) -> Task:
     test=byte_text.held_out(spec, "test", train["batch_size"]),
     chunk_record=_chunk_record,
     evaluate=_evaluate,
-    measure=functools.partial(
-      gradient_variance, examples=train["variance_examples"], batches=train["variance_batches"]
-    ),
+    measure=_variance(train),
     train=train,
     max_rollbacks=train["max_rollbacks"],
     score="group_loss",
@@ -103,6 +103,13 @@ def _runs(config, table, methods) -> SweepRuns:
 
   place = {"how": config["parallel"], "placement": placement(config["mesh"])}
   return SweepRuns(build, init, _cells(config), table, **place)
+
+
+def _variance(train) -> RowMeasurement:
+  sizes = {"examples": train["variance_examples"], "batches": train["variance_batches"]}
+  return RowMeasurement(
+    functools.partial(variance_draws, **sizes), functools.partial(variance_on_rows, **sizes)
+  )
 
 
 def _evaluate(step, state, batches) -> dict:
@@ -167,10 +174,10 @@ def _check_config(config) -> list[Callable]:
   makers, languages = [], config["data"]["languages"]
   for method in config["methods"]:
     _checks.check_choice("methods", method, config["mixers"])
-    spec = dict(config["mixers"][method])
+    spec = config["mixers"][method]
     _checks.check_choice(f"mixers.{method}.mixer", spec.get("mixer"), mixing.MIXERS)
-    make = functools.partial(mixing.MIXERS[spec.pop("mixer")], **spec)
-    makers.append(functools.partial(_named, method, make))
+    ahead = 0 if config["data"]["reader"] == "memory" else config["train"]["chunk"]
+    makers.append(functools.partial(_mixer, method, spec, ahead))
     if languages:  # most mistakes show with any large sizes; before the data are read
       makers[-1]([2.0**60] * len(languages))
   return makers
@@ -180,9 +187,21 @@ def _optimizer(config, swept: Mapping):
   return make_optimizer(total_steps=config["train"]["steps"], **{**config["optimizer"], **swept})
 
 
-def _named(method: str, make: Callable, sizes) -> mixing.Mixer:
-  """The mixer, with the config's name of the method in front of any complaint."""
+def _mixer(method: str, spec: Mapping, ahead: int, sizes) -> mixing.Mixer:
+  """The mixer of a method, with the method's name in front of any complaint.
+
+  Args:
+    method: name in the config.
+    spec: "mixer", its arguments, and "delay" where its draw is to be known some steps before.
+    ahead: steps for which it must be known.
+    sizes: rows by group.
+  """
+  arguments = {key: value for key, value in spec.items() if key not in ("mixer", "delay")}
   try:
-    return make(sizes)
+    mixer = mixing.MIXERS[spec["mixer"]](sizes, **arguments)
+    if spec.get("delay", 1) != 1:
+      mixer = mixing.delayed(mixer, spec["delay"])
+    check_foreseen(mixer, ahead)
+    return mixer
   except (ValueError, TypeError) as error:
     raise ValueError(f"mixers.{method}: {error}") from error

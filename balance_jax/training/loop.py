@@ -113,7 +113,7 @@ class Training:
     arm, steps = self._arm, self._arm.train["steps"]
     with self._open_log() as self._log, self._open_progress() as progress:
       if self._done == 0 and hosts.any_process(self._log.is_empty()):
-        self._measure("eval", arm.evaluate, arm.validation)
+        self._evaluate("eval", arm.validation)
         self._save()
       self._log.write(redone)
       while self._done < steps:
@@ -146,8 +146,9 @@ class Training:
   def _chunk(self) -> dict:
     """Takes the steps of one chunk; returns its metrics as NumPy arrays."""
     chunk = self._arm.train["chunk"]
-    self._states, metrics = self._arm.runs.advance(self._states, chunk)
-    metrics = jax.device_get(metrics)
+    following = chunk if self._done + chunk < self._arm.train["steps"] else 0
+    self._states, metrics = self._arm.runs.advance(self._states, chunk, following)
+    metrics = self._arm.runs.collect(metrics)
     if not self._arm.allow_divergence:
       self._check(metrics)
     self._done += chunk
@@ -158,11 +159,11 @@ class Training:
     """What is due after a chunk: evaluation, measurement, checkpoint, stop."""
     arm, done = self._arm, self._done
     if done % arm.train["eval_every"] == 0 or last:
-      self._measure("eval", arm.evaluate, arm.validation)
+      self._evaluate("eval", arm.validation)
     if arm.measure is not None and done % arm.train["variance_every"] == 0:
-      self._measure("moments", arm.measure, arm.runs.table)
+      self._record("moments", arm.runs.apply_to_rows(*arm.measure, self._states))
     if last and arm.test is not None:
-      self._measure("test", arm.evaluate, arm.test)
+      self._evaluate("test", arm.test)
     # A signal may reach one process only; all stop after the same chunk.
     stop = hosts.any_process(bool(self._stop.caught))
     if done % arm.train["checkpoint_every"] == 0 or last or stop:
@@ -190,11 +191,21 @@ class Training:
       self._diverged = list(found)
       raise next(iter(found.values()))
 
-  def _measure(self, event: str, measure, inputs) -> None:
-    records = measured_records(self._arm, self._states, event, measure, inputs)
+  def _evaluate(self, event: str, batches) -> None:
+    arm = self._arm
+    records = self._record(event, arm.runs.apply(arm.evaluate, self._states, batches))
+    if event == "eval" and arm.score is not None:
+      self._score = (self._done, float(np.mean([record[arm.score] for record in records])))
+
+  def _record(self, event: str, measured: dict) -> list[dict]:
+    """Writes one record a run with what was measured of all (R, ...)."""
+    measured = jax.device_get(measured)
+    records = [
+      {"event": event, **label, "step": self._done, **{k: v[i] for k, v in measured.items()}}
+      for i, label in enumerate(self._arm.labels)
+    ]
     self._log.write(records)
-    if event == "eval" and self._arm.score is not None:
-      self._score = (self._done, float(np.mean([record[self._arm.score] for record in records])))
+    return records
 
   def _save(self) -> None:
     self._log.sync()  # a checkpoint must not outlive the records before it
@@ -257,13 +268,3 @@ def group_means(arm: Arm, metrics) -> dict[str, float]:
     for name, num, den in zip(arm.groups, sums.num, sums.den, strict=True)
     if den > 0
   }
-
-
-def measured_records(arm: Arm, states, event: str, measure, inputs) -> list[dict]:
-  """One record a run with what `measure` gives of its state and of `inputs`."""
-  measured = jax.device_get(arm.runs.apply(measure, states, inputs))
-  step = int(states.step[0])
-  return [
-    {"event": event, **label, "step": step, **{k: v[i] for k, v in measured.items()}}
-    for i, label in enumerate(arm.labels)
-  ]

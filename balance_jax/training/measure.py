@@ -85,23 +85,44 @@ def gradient_variance(
     dict of "second_moment" (K,), G by group; "predicted_variance", "observed_variance", float
     scalars, the trace of the covariance of the batch gradient.
   """
+  sizes = {"examples": examples, "batches": batches}
+  rows = [table.take(*places) for places in variance_draws(step, state, **sizes)]
+  return variance_on_rows(step, state, rows, **sizes)
+
+
+def variance_draws(step: Step, state: TrainState, *, examples: int, batches: int) -> list[tuple]:
+  """What `gradient_variance` reads of a step's table, as (groups, indices).
+
+  Returns:
+    [int32 (K * examples,) twice, int32 (batches, B) twice].
+  """
   _checks.check_number("examples", examples, low=2, integer=True)
   _checks.check_number("batches", batches, low=2, integer=True)
-  moments = step.measure(state, table, examples)
+  _, r = step.mixer.weights(state.mixer, state.step)
+  keys = jax.random.split(jax.random.fold_in(state.key, state.step), batches)
+  independent = jax.vmap(lambda key: _independent_draws(step, r, key))(keys)
+  return [step.measured_rows(state, step.table, examples), independent]
+
+
+def variance_on_rows(
+  step: Step, state: TrainState, rows: list, *, examples: int, batches: int
+) -> dict[str, jax.Array]:
+  """`gradient_variance` on the rows of `variance_draws`."""
+  (_, _), (groups, _) = variance_draws(step, state, examples=examples, batches=batches)
+  for_moments, of_batches = rows
+  moments = step.measure_on(state, for_moments, examples)
   p, r = step.mixer.weights(state.mixer, state.step)
   predicted = estimator_moments(p, r, moments.second_moment, gram=moments.gram)["variance"]
 
-  def gradient(key):
-    batch = _independent_batch(step, state, table, r, key)
-    return ravel_pytree(step.share(state, batch, batch.count()).grads)[0]
-
-  def accumulate(sums, key):
-    grad = gradient(key)
+  def accumulate(sums, given):
+    rows, groups = given
+    batch = Batch(rows, groups, step.example_weights(state, groups))
+    grad = ravel_pytree(step.share(state, batch, batch.count()).grads)[0]
     return (sums[0] + grad, sums[1] + jnp.sum(jnp.square(grad))), None
 
   num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  keys = jax.random.split(jax.random.fold_in(state.key, state.step), batches)
-  (total, squares), _ = jax.lax.scan(accumulate, (jnp.zeros(num_params), jnp.zeros(())), keys)
+  start = jnp.zeros(num_params), jnp.zeros(())
+  (total, squares), _ = jax.lax.scan(accumulate, start, (of_batches, groups))
   observed = (squares - jnp.sum(jnp.square(total)) / batches) / (batches - 1)
   return {
     "second_moment": moments.second_moment,
@@ -110,10 +131,9 @@ def gradient_variance(
   }
 
 
-def _independent_batch(step: Step, state: TrainState, table, r, key) -> Batch:
+def _independent_draws(step: Step, r, key) -> tuple[jax.Array, jax.Array]:
   """Every example draws its group and row for itself, with replacement, as in the formula."""
   group_key, row_key = jax.random.split(key)
   groups = jax.random.choice(group_key, step.num_groups, (step.batch_size,), p=r)
-  sizes = jnp.asarray(table.group_sizes, jnp.int32)[groups]
-  indices = jax.random.randint(row_key, groups.shape, 0, sizes)
-  return Batch(table.take(groups, indices), groups, step.example_weights(state, groups))
+  sizes = jnp.asarray(step.table.group_sizes, jnp.int32)[groups]
+  return groups, jax.random.randint(row_key, groups.shape, 0, sizes)

@@ -12,7 +12,6 @@ the device waits, unless it is given a delay (`mixing.delayed`).
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from balance_jax.data import GroupReader
+from balance_jax.mixing import Mixer
 from balance_jax.mixing.mixer import MEASURED
 from balance_jax.training.batch import Batch
 from balance_jax.training.mesh import AXIS
@@ -61,14 +62,23 @@ class _Measured(NamedTuple):
     return jax.tree.map(lambda x: x[self.number], self.rows)
 
 
+def check_foreseen(mixer: Mixer, chunk: int) -> None:
+  """Raises ValueError unless the mixer's draw is known for a whole chunk of steps."""
+  if mixer.foreseen < chunk:
+    raise ValueError(
+      f"chunk is {chunk}, but what the mixer learns moves its draw after {mixer.foreseen} steps; "
+      f"give it a delay of {2 * chunk} (mixing.delayed) to read ahead, or take chunk <= "
+      f"{mixer.foreseen} and wait"
+    )
+
+
 def sampler_of(state: TrainState) -> TrainState:
   """The part of a state that says what is drawn; copies, as a run donates its state."""
   return jax.tree.map(jnp.copy, dataclasses.replace(state, params=(), opt_state=(), carried=()))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def plan_rows(step: Step, state: TrainState, length: int) -> RowPlan:
-  """Plans the rows of `length` steps.
+def rows_of_steps(step: Step, state: TrainState, length: int) -> RowPlan:
+  """Plans the rows of `length` steps; pure.
 
   Args:
     step: a `Step` made with a reader.
@@ -98,13 +108,12 @@ def plan_rows(step: Step, state: TrainState, length: int) -> RowPlan:
   return RowPlan(groups, indices, positions, measured, after)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def advance_on(step: Step, state: TrainState, rows, measured, groups, positions):
-  """Takes the steps of a plan on rows that were read for it.
+def steps_on_rows(step: Step, state: TrainState, rows, measured, groups, positions):
+  """Takes the steps of a plan on rows that were read for it; pure.
 
   Args:
     step: the `Step` of the plan.
-    state: the state before the steps; donated.
+    state: the state before the steps.
     rows: pytree of arrays (L, B, ...).
     measured: pytree of arrays (M, K * examples, ...), or ().
     groups: as in `RowPlan`.
@@ -127,82 +136,101 @@ def advance_on(step: Step, state: TrainState, rows, measured, groups, positions)
   return state, metrics, state.step.astype(jnp.float32)
 
 
+plan_rows = jax.jit(rows_of_steps, static_argnums=(0, 2))
+advance_on = jax.jit(steps_on_rows, static_argnums=0, donate_argnums=1)
+
+
 class ReadAhead:
-  """Advances a state chunk by chunk, a chunk of rows ahead; made by `run` for a `GroupReader`.
+  """Advances states chunk by chunk, a chunk of rows ahead.
 
   Memory for rows: the chunk being computed, the one after it on the device, and the same once more
   on the host while it is read.
 
   Args:
-    step: a `Step` made with a `GroupReader`.
-    lengths: steps of all chunks.
-
-  Raises:
-    ValueError: the mixer's draw is not known for a whole chunk.
+    reader: the `GroupReader`.
+    mixer: what is drawn, or one with the same `foreseen`.
+    plan: plan(sampler, length) -> `RowPlan`; all arrays may have further axes in front of (L, ...).
+    advance: advance(state, rows, measured, groups, positions) -> as `steps_on_rows`; donates state.
   """
 
-  def __init__(self, step: Step, lengths: list[int]):
-    chunk, foreseen = max(lengths), step.mixer.foreseen
-    if foreseen < chunk:
-      raise ValueError(
-        f"chunk is {chunk}, but what the mixer learns moves its draw after {foreseen} steps; give "
-        f"it mixing.delayed(mixer, {2 * chunk}) to read ahead, or take chunk <= {foreseen} and wait"
-      )
-    self._step, self._lengths = step, collections.deque(lengths)
-    self._ahead = foreseen >= 2 * chunk
-    self._learns = foreseen < math.inf
-    self._next: tuple | None = None  # plan and rows of the next chunk
+  def __init__(self, reader: GroupReader, mixer: Mixer, plan: Callable, advance: Callable):
+    self._reader, self._mixer, self._plan, self._advance = reader, mixer, plan, advance
+    # (first step, length) of the next chunk, its plan, its rows, when they were asked for and read.
+    self._next: tuple | None = None
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "device")
     self._last_done: concurrent.futures.Future | None = None
     self._times: collections.deque = collections.deque()
 
-  def advance(self, state: TrainState) -> tuple[TrainState, dict]:
-    """Starts the next chunk, then reads the one after it: (state, metrics), not yet computed."""
-    if self._next is None:
-      self._fetch(plan_rows(self._step, sampler_of(state), self._lengths[0]), state)
-    plan, rows, read = self._next
-    self._next, following = None, None
-    self._lengths.popleft()
-    if self._ahead and self._lengths:
+  def advance(
+    self, state: TrainState, first_step: int, length: int, following: int = 0
+  ) -> tuple[TrainState, dict]:
+    """Starts a chunk, then reads the rows of the one after it.
+
+    Args:
+      state: before the chunk; donated.
+      first_step: its step, which the host knows without asking the device. Rows that were read for
+        another step or length are read anew.
+      length: steps of the chunk.
+      following: steps of the next one; 0 if there is none.
+
+    Returns:
+      (state, metrics), not yet computed.
+
+    Raises:
+      ValueError: see `check_foreseen`.
+      CorruptedDataError: from the reader.
+    """
+    check_foreseen(self._mixer, max(length, following))
+    if self._next is None or self._next[0] != (first_step, length):
+      self._fetch((first_step, length), self._plan(sampler_of(state), length), state)
+    _, plan, rows, read = self._next
+    self._next, after = None, None
+    if following and self._mixer.foreseen >= length + following:
       after = plan.after
-      if self._learns:
+      if self._mixer.foreseen < math.inf:  # it learns; what it knows now is enough
         after = dataclasses.replace(after, mixer=state.mixer)
       # Before the chunk: a device runs its programs in turn, and the chunk takes the state.
-      following = plan_rows(self._step, after, self._lengths[0])
+      after = self._plan(after, following)
     started = time.perf_counter()
-    state, metrics, end = advance_on(self._step, state, *rows, plan.groups, plan.positions)
+    state, metrics, end = self._advance(state, *rows, plan.groups, plan.positions)
     done = self._waiter.submit(_time_ready, end)
-    self._times.append((len(plan.groups), read, started, self._last_done, done))
+    self._times.append((read, started, self._last_done, done))
     self._last_done = done
-    if following is not None:
-      self._fetch(following, state)
+    if after is not None:
+      self._fetch((first_step + length, following), after, state)
     return state, metrics
 
-  def collect(self, metrics: dict) -> dict:
-    """The chunk's metrics as NumPy arrays, with its times in seconds per step: see `run`."""
+  def collect(self, metrics: dict) -> tuple[dict, dict[str, float]]:
+    """The next chunk's metrics as NumPy arrays, and the seconds that its device waited for rows and
+    computed: "data_seconds", "compute_seconds"."""
     metrics = jax.device_get(metrics)
-    length, (asked, read), started, before, done = self._times.popleft()
+    (asked, read), started, before, done = self._times.popleft()
     before = -math.inf if before is None else before.result()
     waited = max(0.0, read - max(asked, before))
     computed = done.result() - max(started, before)
-    seconds = {"data_seconds": waited, "compute_seconds": computed}
-    return metrics | {name: np.full(length, value / length) for name, value in seconds.items()}
+    return metrics, {"data_seconds": waited, "compute_seconds": computed}
 
-  def _fetch(self, plan: RowPlan, state: TrainState) -> None:
+  def _fetch(self, chunk: tuple[int, int], plan: RowPlan, state: TrainState) -> None:
     """Reads the rows of a plan and puts them on the devices of the state."""
     asked = time.perf_counter()
-    table = self._step.table
     measured = ()
     if plan.measured:
-      mesh = _mesh_of(state)
-      whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-      measured = jax.device_put(table.take(*map(np.asarray, plan.measured)), whole)
+      measured = read_rows(self._reader, *plan.measured, state)
     groups, indices = np.asarray(plan.groups), np.asarray(plan.indices)
     rows = _place(
-      lambda mine: table.take(groups[:, mine], indices[:, mine]), groups.shape, _mesh_of(state)
+      lambda mine: self._reader.take(groups[..., mine], indices[..., mine]),
+      groups.shape,
+      _sharding_of(state, groups.ndim),
     )
     jax.block_until_ready((rows, measured))
-    self._next = plan, (rows, measured), (asked, time.perf_counter())
+    self._next = chunk, plan, (rows, measured), (asked, time.perf_counter())
+
+
+def read_rows(reader: GroupReader, groups, indices, state: TrainState) -> Any:
+  """Rows (*S, ...) for indices of shape S, whole on every device of the state."""
+  mesh = _mesh_of(state)
+  whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+  return jax.device_put(reader.take(np.asarray(groups), np.asarray(indices)), whole)
 
 
 def _mesh_of(state: TrainState) -> jax.sharding.Mesh | None:
@@ -212,26 +240,33 @@ def _mesh_of(state: TrainState) -> jax.sharding.Mesh | None:
   return sharding.mesh if on_mesh else None
 
 
-def _place(take: Callable, shape: tuple[int, int], mesh: jax.sharding.Mesh | None) -> Any:
-  """Rows (L, B, ...) split along B over a mesh; a process reads those of its own devices only.
+def _sharding_of(state: TrainState, ndim: int) -> NamedSharding | None:
+  """Of rows (..., L, B, ...) with `ndim` axes up to B: in parts along B on a mesh."""
+  mesh = _mesh_of(state)
+  return mesh and NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 1), AXIS))
+
+
+def _place(take: Callable, shape: tuple[int, ...], sharding: NamedSharding | None) -> Any:
+  """Rows (..., L, B, ...) on their devices; a process reads those of its own devices only.
 
   Args:
-    take: take(columns) -> rows (L, len(columns), ...) of these columns of the batches.
-    shape: (L, B).
-    mesh: has an axis "data"; None for one device.
+    take: take(columns) -> rows (..., L, len(columns), ...) of these columns of the batches.
+    shape: (..., L, B).
+    sharding: of arrays of this shape, in parts along B only; None for one device.
   """
-  if mesh is None:
+  if sharding is None:
     return jax.device_put(take(slice(None)))
-  sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
-  columns = np.arange(shape[1])
+  columns = np.arange(shape[-1])
+  axis = len(shape) - 1
   indices = sharding.addressable_devices_indices_map(shape).values()
-  mine = np.unique(np.concatenate([columns[index[1]] for index in indices]))
+  mine = np.unique(np.concatenate([columns[index[axis]] for index in indices]))
 
   def spread(leaf):
     def of_device(index):
-      return leaf[:, np.searchsorted(mine, columns[index[1]])]
+      return leaf[..., np.searchsorted(mine, columns[index[axis]]), *[slice(None)] * behind]
 
-    return jax.make_array_from_callback((*shape, *leaf.shape[2:]), sharding, of_device)
+    behind = leaf.ndim - len(shape)
+    return jax.make_array_from_callback((*shape, *leaf.shape[len(shape) :]), sharding, of_device)
 
   return jax.tree.map(spread, take(mine))
 

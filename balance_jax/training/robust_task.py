@@ -31,7 +31,8 @@ from balance_jax.training.robust_summary import SELECTIONS, console_table, summa
 from balance_jax.training.sharding import placement
 from balance_jax.training.state import init_state
 from balance_jax.training.step import make_step
-from balance_jax.training.sweep import SweepRuns, product
+from balance_jax.training.sweep import product
+from balance_jax.training.sweep_runs import SweepRuns
 from balance_jax.training.task import Arm, Task, check_folder_name, check_schedule, override
 
 # Numbers of the objective that a setting may change, beside "learning_rate".

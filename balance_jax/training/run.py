@@ -1,5 +1,6 @@
 """A run: `lax.scan` of steps with sampling inside; the host looks on once a chunk."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from balance_jax import _checks
 from balance_jax.data import GroupReader
-from balance_jax.training.reading import ReadAhead
+from balance_jax.training.reading import ReadAhead, advance_on, plan_rows
 from balance_jax.training.state import TrainState
 
 # Metrics whose NaN or infinity means that training is lost.
@@ -77,19 +78,24 @@ def run(
   if step.table is None:
     raise ValueError("step has no table to draw from; call step(state, batch) on your own batches")
   lengths = [min(chunk, num_steps - start) for start in range(0, num_steps, chunk)]
-  reading = ReadAhead(step, lengths) if isinstance(step.table, GroupReader) else None
+  reading = _read_ahead(step) if isinstance(step.table, GroupReader) else None
   first_step, history, unread = int(state.step), [], []
 
   def read():
-    metrics = (reading.collect if reading else jax.device_get)(unread.pop(0))
+    if reading:
+      metrics, seconds = reading.collect(unread.pop(0))
+      length = _length(metrics)
+      metrics |= {name: np.full(length, value / length) for name, value in seconds.items()}
+    else:
+      metrics = jax.device_get(unread.pop(0))
     if not allow_divergence:
       check_finite(metrics, first_step + sum(map(_length, history)))
     history.append(metrics)
     return metrics
 
-  for length in lengths:
+  for number, (length, following) in enumerate(zip(lengths, [*lengths[1:], 0], strict=True)):
     if reading:
-      state, metrics = reading.advance(state)
+      state, metrics = reading.advance(state, first_step + number * chunk, length, following)
     else:
       state, metrics = step.compiled_advance(state, step.table, length)
     unread.append(metrics)
@@ -100,6 +106,11 @@ def run(
   while unread:
     read()
   return state, concatenate_history(history)
+
+
+def _read_ahead(step) -> ReadAhead:
+  plan, advance = (functools.partial(program, step) for program in (plan_rows, advance_on))
+  return ReadAhead(step.table, step.mixer, plan, advance)
 
 
 def check_finite(metrics: dict, first_step: int, run: str = "") -> None:

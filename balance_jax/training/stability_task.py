@@ -26,7 +26,8 @@ from balance_jax.training.stability_report import write_stability_report
 from balance_jax.training.stability_summary import console_table, summarize, verdict
 from balance_jax.training.state import init_state
 from balance_jax.training.step import make_step
-from balance_jax.training.sweep import SweepRuns, product
+from balance_jax.training.sweep import product
+from balance_jax.training.sweep_runs import SweepRuns
 from balance_jax.training.task import Arm, Task, check_folder_name, check_schedule, override
 
 # Numbers a setting may change beside those of the optimizer.
@@ -54,7 +55,7 @@ def stability_task(config: Mapping[str, Any]) -> Task:
     _check_arm(name, arm, config)
     arm["parameters"] = _parameters(arm)
   spec = config["data"]
-  table = byte_text.load_table(spec, "train")
+  table = byte_text.load_rows(spec, "train")
   if len(table.names) != 1:
     raise ValueError(f"data.languages gives the groups {table.names}; this task wants one")
   load = functools.cache(functools.partial(byte_text.held_out, spec, "validation"))

@@ -251,12 +251,17 @@ class Step:
     Returns:
       `GradientMoments`.
     """
+    places = self.measured_rows(state, table, examples)
+    return self.measure_on(state, table.take(*places), examples)
+
+  def measure_on(self, state: TrainState, rows, examples: int | None = None):
+    """`measure` on the rows that `measured_rows` chose."""
     _, loss_key, _ = _step_keys(state)
-    groups, indices = self.measured_rows(state, table, examples)
+    groups = jnp.repeat(jnp.arange(self.num_groups), examples or self.measure_examples)
     return measure_gradient_moments(
       lambda params, rows, key: self.losses(state, rows, key, params=params)[0],
       state.params,
-      table.take(groups, indices),
+      rows,
       groups,
       self.num_groups,
       key=loss_key,

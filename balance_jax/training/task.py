@@ -8,11 +8,11 @@ one arm after another and knows nothing of what they are about.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from balance_jax import _checks
 from balance_jax.training.batch import Batch
-from balance_jax.training.sweep import SweepRuns
+from balance_jax.training.sweep_runs import SweepRuns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Arm:
     chunk_record: metrics of one run over a chunk, NumPy (steps, ...) -> fields of its record.
     evaluate: evaluate(step, state, batches) -> dict of arrays, fields of an evaluation record; the
       same function every time, so that it is compiled once.
-    measure: as evaluate, of the table of the runs, every `train.variance_every` steps; or None.
+    measure: every `train.variance_every` steps, on rows of the runs' table; or None.
     train: the step counts, see `check_schedule`.
     allow_divergence: whether a loss that is not finite is a result instead of an error.
     max_rollbacks: how often an arm may go back to its last checkpoint after such an error, with
@@ -44,11 +44,23 @@ class Arm:
   test: Batch | None
   chunk_record: Callable[[Mapping[str, Any]], dict]
   evaluate: Callable[..., dict]
-  measure: Callable[..., dict] | None
+  measure: "RowMeasurement | None"
   train: Mapping[str, Any]
   allow_divergence: bool = False
   max_rollbacks: int = 0
   score: str | None = None
+
+
+class RowMeasurement(NamedTuple):
+  """What is measured on rows that the state chooses; see `SweepRuns.apply_to_rows`.
+
+  Attributes:
+    draw: draw(step, state) -> list of (groups, indices).
+    measure: measure(step, state, rows) -> dict of arrays, fields of a record.
+  """
+
+  draw: Callable[..., list]
+  measure: Callable[..., dict]
 
 
 @dataclasses.dataclass(frozen=True)

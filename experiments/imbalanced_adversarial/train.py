@@ -25,7 +25,8 @@ from balance_jax.bounds import Interval
 from balance_jax.losses import deferred_weights, effective_number_weights, ldam_loss, ldam_margins
 from balance_jax.robust import apgd, attack_succeeds, pgd, srat_loss
 from balance_jax.training import Carried, evidence, init_state, make_step
-from balance_jax.training.sweep import SweepRuns, product, run_sweep, sweep
+from balance_jax.training.sweep import product, sweep
+from balance_jax.training.sweep_runs import SweepRuns, run_sweep
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 10

@@ -31,7 +31,8 @@ from balance_jax.robust import attack_succeeds, pgd, pgd_at_loss
 from balance_jax.training import Carried, Observed, init_state, make_step
 from balance_jax.training.evidence import rounded, save
 from balance_jax.training.optimizers import make_optimizer
-from balance_jax.training.sweep import SweepRuns, chain, product, run_sweep
+from balance_jax.training.sweep import chain, product
+from balance_jax.training.sweep_runs import SweepRuns, run_sweep
 
 RESULTS = Path(__file__).parent / "results"
 LOSSES = ("rslad", "ard", "two teachers")

@@ -25,7 +25,8 @@ from balance_jax.losses import cross_entropy
 from balance_jax.training import init_state, make_step
 from balance_jax.training.measure import evaluate, evaluation_batches, gradient_variance
 from balance_jax.training.optimizers import make_optimizer
-from balance_jax.training.sweep import SweepRuns, product
+from balance_jax.training.sweep import product
+from balance_jax.training.sweep_runs import SweepRuns
 
 # Temperature sampling and scalarization, as the exponent a of the draw r ~ p^a q^(1-a).
 ESTIMATORS = {"TS": 1.0, "S": 0.0}

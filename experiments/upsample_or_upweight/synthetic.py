@@ -20,7 +20,8 @@ import optax
 from balance_jax import mixing
 from balance_jax.training import init_state, make_step
 from balance_jax.training.measure import evaluate, evaluation_batches
-from balance_jax.training.sweep import SweepRuns, product
+from balance_jax.training.sweep import product
+from balance_jax.training.sweep_runs import SweepRuns
 
 TAUS = (2, 3, 5, 100)
 FIXED_RATE = 0.05

@@ -13,7 +13,7 @@ from balance_jax.losses import cross_entropy
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.measure import evaluate, evaluation_batches, gradient_variance
 from balance_jax.training.mesh import HOW
-from balance_jax.training.sweep import SweepRuns, run_sweep
+from balance_jax.training.sweep_runs import SweepRuns, run_sweep
 from tests.training.problems import (
   CLASSES,
   FEATURES,

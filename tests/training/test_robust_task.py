@@ -12,7 +12,7 @@ from balance_jax import robust
 from balance_jax.training import experiment, robust_task
 from balance_jax.training.config import resolve
 from balance_jax.training.metric_log import read_records
-from balance_jax.training.sweep import run_sweep
+from balance_jax.training.sweep_runs import run_sweep
 
 pytest.importorskip("sklearn", reason="pip install 'balance_jax[data]'")
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,7 +15,7 @@ from balance_jax.training import experiment, loop, stability_task
 from balance_jax.training.config import resolve
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.signals import InterruptedRunError
-from balance_jax.training.sweep import run_sweep
+from balance_jax.training.sweep_runs import run_sweep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lr_sensitivity.py"
 SETTINGS = {

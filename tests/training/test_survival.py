@@ -17,7 +17,7 @@ from balance_jax import data
 from balance_jax.training import experiment
 from balance_jax.training.checkpoint import SEAL, Checkpointer
 from balance_jax.training.metric_log import MetricLog, read_records
-from balance_jax.training.sweep import SweepRuns
+from balance_jax.training.sweep_runs import SweepRuns
 from balance_jax.training.workdir import LOCK
 from tests.training import tiny_run
 

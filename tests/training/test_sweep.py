@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from balance_jax import mixing, training
-from balance_jax.training.sweep import SweepRuns, run_sweep
+from balance_jax.training.sweep_runs import SweepRuns, run_sweep
 from tests.training.problems import init_params, make_table, per_example_loss
 
 TABLE = make_table()
@@ -86,7 +86,7 @@ def test_measurements_stay_a_branch_under_vmap():
 
 
 def runs_fn(runs):
-  return lambda run, shared: runs._advance_one(run, shared, 2)
+  return lambda run, shared: runs._advance_one((*run, ()), shared, 2)
 
 
 def test_sweep_maps_any_function():
