@@ -104,10 +104,17 @@ def spread_shapes(runs) -> dict[str, tuple[int, ...]]:
   }
 
 
-def collectives(runs) -> dict[str, int]:
-  """Kind -> how often devices speak to each other or to the host in the program of a step."""
-  program = runs.compile_step().as_text()
+def collectives(runs, length: int = 1) -> dict[str, int]:
+  """Kind -> how often devices speak to each other or to the host in a program of `length` steps.
+
+  What is in the body of a loop counts once.
+  """
+  if length == 1:
+    compiled = runs.compile_step()
+  else:
+    compiled = jax.jit(lambda states: runs.advance(states, length)).lower(runs.shapes()).compile()
   kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
   kinds += ("infeed", "outfeed", "send", "recv", "custom-call")
+  program = compiled.as_text()
   counts = {kind: len(re.findall(rf"\s{kind}(?:-start)?\(", program)) for kind in kinds}
   return {kind: count for kind, count in counts.items() if count}
