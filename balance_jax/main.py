@@ -25,13 +25,10 @@ def main(argv: list[str] | None = None) -> int:
   import jax
 
   from balance_jax.training import experiment, hosts
-  from balance_jax.training.config import FlagsError, cache_directory, parse_flags
+  from balance_jax.training.config import FlagsError, parse_flags
   from balance_jax.training.signals import InterruptedRunError
 
-  # Runs of a sweep go to separate CPU devices; must be said before the first use of a device.
-  jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", cache_directory("compiled"))
+  hosts.set_up(os.cpu_count() or 1)
   try:
     config, workdir = parse_flags(flags.FLAGS, sys.argv if argv is None else argv)
     together = [flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]

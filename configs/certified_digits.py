@@ -105,6 +105,13 @@ def base() -> ml_collections.ConfigDict:
   config.eps = (0.1,)  # radii, in pixels of [0, 1]
   config.seeds = (10, 11, 12, 13)
   config.selection = "certified"  # what chooses a setting on validation data; or "mean"
+  config.sweep = ml_collections.ConfigDict()
+  config.sweep.parts = 1  # into how many the list of runs is cut, to train apart
+  config.sweep.shard = ""  # or "i/n": only part i of n, from 0, for job arrays; see docs/scale.md
+  config.sweep.engine = "local"  # or "ray": all parts on a Ray cluster; needs balance_jax[ray]
+  config.sweep.address = ""  # of the cluster; "" for RAY_ADDRESS, else one of this machine alone
+  config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
+  config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
   config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
   config.mesh.data = 1  # parts of a batch; -1 for all devices

@@ -43,5 +43,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Large, as a model that does not move passes; from 0.01 on training jumps and slopes scatter.
   config.train.learning_rate = 0.005
   config.seeds = (0, 1, 2)
+  config.sweep = ml_collections.ConfigDict()
+  config.sweep.parts = 1  # into how many the list of runs is cut, to train apart
+  config.sweep.shard = ""  # or "i/n": only part i of n, from 0, for job arrays; see docs/scale.md
+  config.sweep.engine = "local"  # or "ray": all parts on a Ray cluster; needs balance_jax[ray]
+  config.sweep.address = ""  # of the cluster; "" for RAY_ADDRESS, else one of this machine alone
+  config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
+  config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.tensorboard = False
   return config

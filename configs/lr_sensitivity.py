@@ -83,6 +83,13 @@ def base() -> ml_collections.ConfigDict:
   config.statistics = True  # attention logits and entropy, log Z, gradient and block sizes
   config.probe_step = 0  # step at which attention logits are compared; 0 for the last
   config.hold_back_largest = False  # predict the largest model from the others
+  config.sweep = ml_collections.ConfigDict()
+  config.sweep.parts = 1  # into how many the list of runs is cut, to train apart
+  config.sweep.shard = ""  # or "i/n": only part i of n, from 0, for job arrays; see docs/scale.md
+  config.sweep.engine = "local"  # or "ray": all parts on a Ray cluster; needs balance_jax[ray]
+  config.sweep.address = ""  # of the cluster; "" for RAY_ADDRESS, else one of this machine alone
+  config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
+  config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
   config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
   config.mesh.data = 1  # parts of a batch; -1 for all devices

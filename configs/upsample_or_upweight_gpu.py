@@ -98,9 +98,16 @@ def get_config() -> ml_collections.ConfigDict:
   # Differences and variance ratios of the report are against this method.
   config.reference = "temperature_5"
   config.seeds = (0, 1, 2, 3, 4)
-  # With several values, a method's name gets the value behind it, in `reference` too.
   config.sweep = ml_collections.ConfigDict()
-  config.sweep.learning_rate = (1e-3,)
+  # With several values, a method's name gets the value behind it, in `reference` too.
+  config.sweep.axes = ml_collections.ConfigDict()
+  config.sweep.axes.learning_rate = (1e-3,)
+  config.sweep.parts = 1  # into how many the list of runs is cut, to train apart
+  config.sweep.shard = ""  # or "i/n": only part i of n, from 0, for job arrays; see docs/scale.md
+  config.sweep.engine = "local"  # or "ray": all parts on a Ray cluster; needs balance_jax[ray]
+  config.sweep.address = ""  # of the cluster; "" for RAY_ADDRESS, else one of this machine alone
+  config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
+  config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.parallel = "map"  # or "shard": batching the runs by "vmap" would not fit the memory
   config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
   config.mesh.data = 1  # parts of a batch; -1 for all devices

@@ -101,10 +101,17 @@ def get_config() -> ml_collections.ConfigDict:
   # a method's name there.
   config.reference = "temperature_5 learning_rate=0.01"
   config.seeds = (0, 1, 2, 3, 4)
+  config.sweep = ml_collections.ConfigDict()
   # The same grid for every method; the experiment's table takes, for each, the value with the
   # lowest mean validation loss over languages and seeds.
-  config.sweep = ml_collections.ConfigDict()
-  config.sweep.learning_rate = (5e-3, 1e-2)
+  config.sweep.axes = ml_collections.ConfigDict()
+  config.sweep.axes.learning_rate = (5e-3, 1e-2)
+  config.sweep.parts = 1  # into how many the list of runs is cut, to train apart
+  config.sweep.shard = ""  # or "i/n": only part i of n, from 0, for job arrays; see docs/scale.md
+  config.sweep.engine = "local"  # or "ray": all parts on a Ray cluster; needs balance_jax[ray]
+  config.sweep.address = ""  # of the cluster; "" for RAY_ADDRESS, else one of this machine alone
+  config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
+  config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.parallel = "auto"  # or "vmap", "map", "shard": how the runs share the machine
   config.mesh = ml_collections.ConfigDict()  # the devices that work on each run together
   config.mesh.data = 1  # parts of a batch; -1 for all devices

@@ -46,6 +46,7 @@ def coordinate_check(config: Mapping[str, Any]) -> Task:
   rows = table.rows["tokens"][: config["train"]["batch_size"]].astype(jnp.int32)
   return Task(
     arms={},
+    labels={},
     conclude=functools.partial(_conclude, config, rows),
     facts={"batch": list(rows.shape)},
   )

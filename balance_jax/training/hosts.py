@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from balance_jax.training.config import cache_directory
+
 # Seconds without a sign of life after which a process counts as dead, and all the others end.
 HEARTBEAT = 100
 
@@ -26,6 +28,17 @@ class OtherProcessError(RuntimeError):
 
 class StartError(ValueError):
   """The processes could not be joined; the message says what is wrong or missing."""
+
+
+def set_up(cpu_devices: int) -> None:
+  """Settings of JAX in every process that trains; before the first use of a device.
+
+  Args:
+    cpu_devices: how many devices the CPU counts as; the runs of a sweep go to separate ones.
+  """
+  jax.config.update("jax_num_cpu_devices", cpu_devices)
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", cache_directory("compiled"))
 
 
 def start(

@@ -44,11 +44,30 @@ def language_model(config: Mapping[str, Any]) -> Task:
   rollbacks = config["train"]["max_rollbacks"]
   _checks.check_number("train.max_rollbacks", rollbacks, low=0, integer=True)
   mixers = _check_config(config)
-  spec, train = config["data"], config["train"]
+  spec = config["data"]
   table = byte_text.load_rows(spec, "train")
-  arm = Arm(
-    runs=_runs(config, table, [make(table.sizes) for make in mixers]),
-    labels=tuple(_label(config, cell) for cell in _cells(config)),
+  methods = [make(table.sizes) for make in mixers]
+  labels = tuple(_label(config, cell) for cell in _cells(config))
+  if config["reference"]:
+    _checks.check_choice("reference", config["reference"], {x["method"] for x in labels})
+  init = byte_text.initializer(byte_text.make_decoder(config["model"]), spec["window"])
+  parameters = models.count_params(jax.eval_shape(init, jax.random.key(0)))
+  return Task(
+    arms={"": functools.partial(_arm, config, table, methods, labels)},
+    labels={"": labels},
+    conclude=functools.partial(_conclude, config, table),
+    facts={
+      "model": {**config["model"], "parameters": parameters},
+      "rows": dict(zip(table.names, table.group_sizes, strict=True)),
+    },
+  )
+
+
+def _arm(config, table, methods, labels) -> Arm:
+  spec, train = config["data"], config["train"]
+  return Arm(
+    runs=_runs(config, table, methods),
+    labels=labels,
     groups=table.names,
     validation=byte_text.held_out(spec, "validation", train["batch_size"]),
     test=byte_text.held_out(spec, "test", train["batch_size"]),
@@ -59,22 +78,10 @@ def language_model(config: Mapping[str, Any]) -> Task:
     max_rollbacks=train["max_rollbacks"],
     score="group_loss",
   )
-  if config["reference"]:
-    _checks.check_choice("reference", config["reference"], {x["method"] for x in arm.labels})
-  init = byte_text.initializer(byte_text.make_decoder(config["model"]), spec["window"])
-  parameters = models.count_params(jax.eval_shape(init, jax.random.key(0)))
-  return Task(
-    arms={"": lambda: arm},
-    conclude=functools.partial(_conclude, config, table),
-    facts={
-      "model": {**config["model"], "parameters": parameters},
-      "rows": dict(zip(table.names, table.group_sizes, strict=True)),
-    },
-  )
 
 
 def _cells(config) -> list[dict]:
-  axes = {name: list(values) for name, values in config["sweep"].items()}
+  axes = {name: list(values) for name, values in config["sweep"]["axes"].items()}
   return product(method=range(len(config["methods"])), **axes, seed=list(config["seeds"]))
 
 
@@ -84,7 +91,7 @@ def _runs(config, table, methods) -> SweepRuns:
   init_params = byte_text.initializer(decoder, config["data"]["window"])
 
   def build(cell: dict) -> Step:
-    swept = {name: cell[name] for name in config["sweep"]}
+    swept = {name: cell[name] for name in config["sweep"]["axes"]}
     return make_step(
       byte_text.cross_entropy_loss(decoder),
       _optimizer(config, swept),
@@ -153,8 +160,10 @@ def _conclude(config, table, records: list[dict], facts: dict, report: Path) -> 
 def _label(config, cell) -> dict:
   """Names a run; a number swept over several values becomes part of the method's name."""
   name = config["methods"][cell["method"]]
-  swept = {key: cell[key] for key, values in config["sweep"].items()}
-  varied = [f"{key}={cell[key]:g}" for key, values in config["sweep"].items() if len(values) > 1]
+  swept = {key: cell[key] for key, values in config["sweep"]["axes"].items()}
+  varied = [
+    f"{key}={cell[key]:g}" for key, values in config["sweep"]["axes"].items() if len(values) > 1
+  ]
   return {"method": " ".join([name, *varied]), "seed": cell["seed"], **swept}
 
 
@@ -164,10 +173,10 @@ def _check_config(config) -> list[Callable]:
     raise ValueError(f"methods is empty; allowed: {', '.join(sorted(config['mixers']))}")
   if not config["seeds"]:
     raise ValueError("seeds is empty; give at least one integer")
-  for name, values in config["sweep"].items():
-    _checks.check_choice("sweep", name, SWEEPABLE)
+  for name, values in config["sweep"]["axes"].items():
+    _checks.check_choice("sweep.axes", name, SWEEPABLE)
     if not isinstance(values, list | tuple) or not values:
-      raise ValueError(f"sweep.{name} is {values!r}; expected a tuple of numbers")
+      raise ValueError(f"sweep.axes.{name} is {values!r}; expected a tuple of numbers")
     for value in values:  # the runs see traced numbers, which nobody can check
       _optimizer(config, {name: value})
   _optimizer(config, {})

@@ -69,12 +69,15 @@ def robust_task(config: Mapping[str, Any]) -> Task:
   for arm in arms.values():
     _derive_steps(arm["train"], training_examples(config["data"], images))
   parameters = {name: _parameters(arm, images) for name, arm in arms.items()}
-  single = len(arms) == 1
+  labels = {name: _labels(config, name, arm) for name, arm in arms.items()}
+  # A single arm lies in the folder of the run itself.
+  places = {name: "" if len(arms) == 1 else name for name in arms}
   return Task(
     arms={
-      "" if single else name: functools.partial(_arm, config, name, arm, images)
+      places[name]: functools.partial(_arm, config, arm, images, labels[name])
       for name, arm in arms.items()
     },
+    labels={places[name]: labels[name] for name in arms},
     conclude=functools.partial(_conclude, config),
     facts={
       "examples": {
@@ -274,11 +277,9 @@ def make_runs(config, arm, images: Images, cells) -> SweepRuns:
   return SweepRuns(build, init, cells, images.table, **place)
 
 
-def _arm(config, name: str, arm, images: Images) -> Arm:
-  cells = _cells(config, arm)
-  settings, evaluation = list(arm["settings"]), config["evaluation"]
-  numbers = _numbers(arm, cells)
-  labels = tuple(
+def _labels(config, name: str, arm) -> tuple[dict, ...]:
+  cells, settings = _cells(config, arm), list(arm["settings"])
+  return tuple(
     {
       "method": name if len(settings) == 1 else f"{name}, {settings[cell['setting']]}",
       "arm": name,
@@ -287,11 +288,15 @@ def _arm(config, name: str, arm, images: Images) -> Arm:
       "learning_rate": number["learning_rate"],
       "seed": cell["seed"],
     }
-    for cell, number in zip(cells, numbers, strict=True)
+    for cell, number in zip(cells, _numbers(arm, cells), strict=True)
   )
+
+
+def _arm(config, arm, images: Images, labels) -> Arm:
+  evaluation = config["evaluation"]
   inputs = functools.partial(evaluation_inputs, table=images.table, settings=evaluation)
   return Arm(
-    runs=make_runs(config, arm, images, numbers),
+    runs=make_runs(config, arm, images, _numbers(arm, _cells(config, arm))),
     labels=labels,
     groups=images.table.names,
     validation=inputs(images.validation, curve=False),

@@ -22,6 +22,18 @@ class InterruptedRunError(RuntimeError):
     )
 
 
+class InterruptedPartsError(InterruptedRunError):
+  """A signal stopped a job whose parts are trained by other processes."""
+
+  def __init__(self, signum: int, missing: int):
+    self.signum = signum
+    RuntimeError.__init__(
+      self,
+      f"stopped by {signal.Signals(signum).name}, {missing} parts not finished: the same command "
+      "goes on from their checkpoints",
+    )
+
+
 class StopRequest:
   """What the signals asked for.
 

@@ -59,8 +59,13 @@ def stability_task(config: Mapping[str, Any]) -> Task:
   if len(table.names) != 1:
     raise ValueError(f"data.languages gives the groups {table.names}; this task wants one")
   load = functools.cache(functools.partial(byte_text.held_out, spec, "validation"))
+  labels = {name: _labels(config, arm) for name, arm in arms.items()}
   return Task(
-    arms={name: functools.partial(_arm, config, arm, table, load) for name, arm in arms.items()},
+    arms={
+      name: functools.partial(_arm, config, arm, table, load, labels[name])
+      for name, arm in arms.items()
+    },
+    labels=labels,
     conclude=functools.partial(_conclude, config),
     facts={
       "rows": dict(zip(table.names, table.group_sizes, strict=True)),
@@ -195,7 +200,7 @@ def _numbers(config, arm, cells) -> list[dict]:
   return full
 
 
-def _labels(config, arm, cells) -> tuple[dict, ...]:
+def _labels(config, arm) -> tuple[dict, ...]:
   names = [name for name, _ in _baseline_first(config["interventions"])]
   model = arm["model"]
   label = {
@@ -212,22 +217,21 @@ def _labels(config, arm, cells) -> tuple[dict, ...]:
       "learning_rate": cell["learning_rate"],
       "seed": cell["seed"],
     }
-    for cell in cells
+    for cell in _cells(config)
   )
 
 
-def _arm(config, arm, table, load) -> Arm:
-  cells = _cells(config)
+def _arm(config, arm, table, load, labels) -> Arm:
   # Without the z term, which is no part of what is reported.
   held_out_loss = byte_text.cross_entropy_loss(byte_text.make_decoder(arm["model"]))
 
   def measure(step, state, batches):
     return {"loss": evaluate(step, state, batches, held_out_loss).mean()[0]}
 
-  runs = make_runs(config, arm, table, _numbers(config, arm, cells))
+  runs = make_runs(config, arm, table, _numbers(config, arm, _cells(config)))
   return Arm(
     runs=runs,
-    labels=_labels(config, arm, cells),
+    labels=labels,
     groups=table.names,
     validation=load(arm["train"]["batch_size"]),
     test=None,

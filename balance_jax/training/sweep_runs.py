@@ -1,8 +1,9 @@
 """The training runs of a sweep: they advance together, and what is measured of them."""
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +78,17 @@ class SweepRuns:
       self._one_step, (self.cells, states, given), self._shared, how=how, devices=devices
     )
     self._reading = self._read_ahead() if reads else None
+
+  def part(self, indices: Sequence[int]) -> "SweepRuns":
+    """Some of the runs, mapped in the same way, in programs of their own."""
+    chosen, count = copy.copy(self), len(indices)
+    cells = {name: np.asarray(values)[list(indices)] for name, values in self.cells.items()}
+    chosen.cells = self._placement.put(jax.tree.map(jnp.asarray, cells))
+    chosen.plan = dataclasses.replace(self.plan, num_runs=count, devices=self.plan.devices[:count])
+    chosen._programs = {}
+    if self._reading is not None:
+      chosen._reading = chosen._read_ahead()
+    return chosen
 
   @property
   def num_runs(self) -> int:

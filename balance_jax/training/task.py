@@ -50,6 +50,11 @@ class Arm:
   max_rollbacks: int = 0
   score: str | None = None
 
+  def part(self, runs: Sequence[int]) -> "Arm":
+    """The arm with some of its runs only, given by their indices."""
+    labels = tuple(self.labels[index] for index in runs)
+    return dataclasses.replace(self, runs=self.runs.part(runs), labels=labels)
+
 
 class RowMeasurement(NamedTuple):
   """What is measured on rows that the state chooses; see `SweepRuns.apply_to_rows`.
@@ -70,12 +75,14 @@ class Task:
   Attributes:
     arms: name -> the arm, built when its turn has come. A single arm has the empty name and lies in
       the folder of the run itself; others have folders of their own below it.
+    labels: name -> labels of the runs of the arm, known before it is built.
     conclude: conclude(records, facts, report) -> (text to print, results for results.json); writes
       the page `report`. Records are those of all arms, facts say what was run.
     facts: what the report says about model and data.
   """
 
   arms: Mapping[str, Callable[[], Arm]]
+  labels: Mapping[str, tuple[dict, ...]]
   conclude: Callable[[list[dict], dict, Path], tuple[str, dict]]
   facts: dict[str, Any]
 

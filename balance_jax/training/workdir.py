@@ -1,13 +1,16 @@
 """The folder of one run: its config, checkpoints, metrics, results and report.
 
 A folder belongs to one config. The same command again goes on where it stopped; another config is
-refused with the keys that differ.
+refused with the keys that differ. Several processes, on several hosts, may share a folder as long
+as each trains another part; locks see to that, so the file system must know `flock` among hosts.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,22 @@ LOCK = ".lock"
 
 # Keys of a config that say how its runs are made, not what they are: they may be others when the
 # same runs go on.
-HOW = ("profile",)
+HOW = (
+  "profile",
+  "sweep.address",
+  "sweep.engine",
+  "sweep.resources",
+  "sweep.retries",
+  "sweep.shard",
+)
 
 
 class WorkdirError(ValueError):
   """The folder cannot be used: not writable, or it holds another run."""
+
+
+class WorkdirInUseError(WorkdirError):
+  """Another process is working in the folder."""
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -40,7 +54,7 @@ class Workdir:
   """Paths in a run's folder and the JSON files in it.
 
   Args:
-    path: the folder; `open` makes it and keeps other processes out.
+    path: the folder; `begin` makes it, `held` keeps other processes out.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -52,8 +66,12 @@ class Workdir:
     self._lock = None
 
   def below(self, name: str) -> "Workdir":
-    """The folder of a part of the run; the folder itself for the empty name."""
+    """The folder of an arm; the folder itself for the empty name."""
     return Workdir(self.path / "arms" / name) if name else self
+
+  def part(self, index: int, count: int) -> "Workdir":
+    """The folder of one of `count` parts of an arm; that of the arm itself for a single one."""
+    return Workdir(self.path / "parts" / str(index)) if count > 1 else self
 
   def check(self, config: Mapping) -> bool:
     """Whether this config has begun here; writes nothing.
@@ -94,35 +112,60 @@ class Workdir:
         "choose another --workdir or remove it"
       )
 
-  def open(self, config: Mapping) -> None:
-    """Makes the folder, takes it for this process and writes config.json where there is none.
+  def begin(self, config: Mapping) -> None:
+    """Makes the folder and writes config.json where there is none.
 
     Raises:
-      WorkdirError: as `check`, or another process is running in the folder.
+      WorkdirError: as `check`; also where another config began here at the same moment.
     """
-    begun = self.check(config)
+    while not self.check(config):
+      # Not waiting for long: whoever has the lock writes the config, then may keep it for days.
+      with contextlib.suppress(WorkdirInUseError), self.held(wait=0.1):
+        if self.read("config.json") is None:
+          self.write("config.json", identity(config))
+
+  @contextlib.contextmanager
+  def held(self, wait: float = 0.0):
+    """Keeps the folder for this process, until the end of the context or of the process.
+
+    It may be entered again while it is held. What a process that was killed in the middle of
+    writing a file has left is removed.
+
+    Args:
+      wait: seconds to wait for another process, may be infinite.
+
+    Raises:
+      WorkdirInUseError: another process has it for longer.
+    """
+    if self._lock is not None:
+      yield
+      return
     self.path.mkdir(parents=True, exist_ok=True)
-    # Held until the process ends, however it ends; two runs would ruin each other's records.
-    self._lock = open(self.path / LOCK, "w")  # noqa: SIM115
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise WorkdirError(
-        f"workdir {self.path} is in use by another process; wait for it or choose another --workdir"
-      ) from error
-    for path in self._half_written():
-      path.unlink()
-    if not begun:
-      self.write("config.json", identity(config))
+    with open(self.path / LOCK, "w") as self._lock:
+      try:
+        self._lock_within(wait)
+        for path in self._half_written():
+          path.unlink()
+        yield
+      finally:
+        self._lock = None
+
+  def _lock_within(self, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+      try:
+        return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        if time.monotonic() >= end:
+          raise WorkdirInUseError(
+            f"workdir {self.path} is in use by another process; wait for it or choose another "
+            "--workdir"
+          ) from error
+      time.sleep(0.1)
 
   def _half_written(self) -> list[Path]:
-    """What `replace_file` of a process that was killed has left, in the arms as well."""
-    return [*self.path.glob(".*.tmp"), *self.path.glob("arms/*/.*.tmp")]
-
-  def close(self) -> None:
-    """Gives the folder back, where this process has it; it may be opened again."""
-    if self._lock is not None:
-      self._lock.close()
+    """What `replace_file` of a process that was killed has left."""
+    return [*self.path.glob(".*.tmp")]
 
   def write(self, name: str, value: Any) -> None:
     """Writes a JSON file whole or not at all."""

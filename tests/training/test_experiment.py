@@ -33,7 +33,8 @@ def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
   experiment.run_experiment(tiny(), path)
   first = capsys.readouterr().out
   assert {p.name for p in path.iterdir()} == {
-    ".lock", "checkpoints", "config.json", "metrics.jsonl", "report.html", "results.json",
+    ".lock", "checkpoints", "config.json", "finished.json", "metrics.jsonl", "report.html",
+    "results.json",
   }  # fmt: skip
   results = json.loads((path / "results.json").read_text())
   assert set(results["summary"]["methods"]) == {"temperature_5", "optimal_5", "cooldown"}
@@ -91,7 +92,7 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_a_sweep_over_learning_rates_is_one_program(tmp_path):
   config = tiny(
-    sweep__learning_rate=(1e-3, 1e-2), methods=("temperature_5",), reference="", seeds=(0,)
+    sweep__axes__learning_rate=(1e-3, 1e-2), methods=("temperature_5",), reference="", seeds=(0,)
   )
   experiment.run_experiment(config, tmp_path / "run")
   records = [r for r in records_of(tmp_path / "run") if r["event"] == "eval" and r["step"] == 12]
@@ -116,9 +117,9 @@ def test_a_sweep_over_learning_rates_is_one_program(tmp_path):
     ({"train__micro_batches": 3}, "micro_batches is 3"),
     ({"model__heads": 3}, "heads"),
     ({"optimizer__eps": -1.0}, "eps is -1.0"),
-    ({"sweep__steps": (1, 2)}, "sweep is 'steps'"),
-    ({"sweep__learning_rate": (1e-3, -1.0)}, "learning_rate is -1.0"),
-    ({"sweep__learning_rate": ()}, r"sweep\.learning_rate is \(\)"),
+    ({"sweep__axes__steps": (1, 2)}, r"sweep\.axes is 'steps'"),
+    ({"sweep__axes__learning_rate": (1e-3, -1.0)}, "learning_rate is -1.0"),
+    ({"sweep__axes__learning_rate": ()}, r"sweep\.axes\.learning_rate is \(\)"),
     ({"data__window": 2000}, "window = 2000"),
     ({"parallel": "vmapp"}, "did you mean 'vmap'"),
     ({"task": "langauge_model"}, "did you mean 'language_model'"),

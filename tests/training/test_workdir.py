@@ -3,10 +3,18 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from balance_jax.training.workdir import Workdir, WorkdirError, flatten
+from balance_jax.training.workdir import (
+  LOCK,
+  Workdir,
+  WorkdirError,
+  WorkdirInUseError,
+  flatten,
+  identity,
+)
 
 CONFIG = {"train": {"steps": 3, "rates": (0.1, float("inf"))}, "sweep": {}}
 
@@ -15,22 +23,22 @@ def test_open_writes_the_config_once_and_knows_it_again(tmp_path):
   folder = Workdir(tmp_path / "a" / "b")
   assert folder.check(CONFIG) is False
   assert not folder.path.exists()  # checking writes nothing
-  folder.open(CONFIG)
+  folder.begin(CONFIG)
   assert folder.check(CONFIG) is True
   assert folder.read("config.json")["train"] == {"steps": 3, "rates": [0.1, "inf"]}
   assert folder.read("other.json") is None
 
 
 def test_another_config_is_refused_with_its_keys(tmp_path):
-  Workdir(tmp_path).open(CONFIG)
+  Workdir(tmp_path).begin(CONFIG)
   other = {"train": {"steps": 4, "rates": (0.1, float("inf")), "new": 1}, "sweep": {}}
   with pytest.raises(WorkdirError, match=r"train\.new was absent, is 1; train\.steps was 3, is 4"):
-    Workdir(tmp_path).open(other)
+    Workdir(tmp_path).begin(other)
   assert Workdir(tmp_path).check(CONFIG)
 
 
 def test_how_the_runs_are_made_may_change(tmp_path):
-  Workdir(tmp_path).open({**CONFIG, "profile": "3:4"})
+  Workdir(tmp_path).begin({**CONFIG, "profile": "3:4"})
   assert "profile" not in Workdir(tmp_path).read("config.json")
   assert Workdir(tmp_path).check({**CONFIG, "profile": ""})
 
@@ -56,39 +64,56 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
   monkeypatch.setattr("tempfile.TemporaryFile", refuse)
   with pytest.raises(WorkdirError, match=r"cannot be written \(Read-only file system\)"):
-    Workdir(tmp_path / "run").open(CONFIG)
+    Workdir(tmp_path / "run").begin(CONFIG)
   assert not (tmp_path / "run").exists()
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
-  """Also where it was the very first file."""
-  leftovers = [tmp_path / ".config.json.77.tmp", tmp_path / "arms" / "a" / ".finished.json.77.tmp"]
-  leftovers[0].write_text("{")
-  folder = Workdir(tmp_path)
-  folder.open(CONFIG)
-  folder.close()
-  leftovers[1].parent.mkdir(parents=True)
-  for path in leftovers:
-    path.write_text("{")
-  folder.open(CONFIG)
-  assert not any(path.exists() for path in leftovers)
-  assert folder.read("config.json")["sweep"] == {}
+  """Also where it was the very first file; but not what another part is writing."""
+  folder, part = Workdir(tmp_path / "run"), Workdir(tmp_path / "run").part(1, 2)
+  folder.path.mkdir()
+  (folder.path / ".config.json.77.tmp").write_text("{")
+  assert folder.check(CONFIG) is False
+  folder.begin(CONFIG)
+  with part.held():
+    (part.path / ".finished.json.77.tmp").write_text("{")
+    with folder.held():
+      assert {p.name for p in folder.path.iterdir()} == {LOCK, "config.json", "parts"}
+    assert len(list(part.path.iterdir())) == 2
+  with part.held():
+    assert {p.name for p in part.path.iterdir()} == {LOCK}
 
 
 def test_one_process_at_a_time(tmp_path):
-  folder = Workdir(tmp_path)
-  folder.open(CONFIG)
-  code = f"""
-from balance_jax.training.workdir import Workdir
-Workdir({str(tmp_path)!r}).open({CONFIG!r}.copy())
-""".replace("inf", "float('inf')")
+  folder, code = Workdir(tmp_path), "from balance_jax.training.workdir import *\n"
+  code += f"with Workdir({str(tmp_path)!r}).held(): pass"
 
   def other_process():
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
-  assert "is in use by another process" in other_process().stderr
-  folder.close()
+  with folder.held(), folder.held():
+    assert "is in use by another process" in other_process().stderr
   assert other_process().returncode == 0
+
+
+def test_waiting_for_another_process(tmp_path):
+  other = Workdir(tmp_path).held()
+  other.__enter__()
+  threading.Timer(0.3, other.__exit__, (None, None, None)).start()
+  with pytest.raises(WorkdirInUseError), Workdir(tmp_path).held(wait=0.05):
+    pass
+  with Workdir(tmp_path).held(wait=60):
+    pass
+
+
+def test_of_two_that_begin_at_once_the_first_writes_the_config(tmp_path):
+  """Begun by another process, which keeps the folder, between the check and the lock."""
+  folder, first = Workdir(tmp_path), Workdir(tmp_path)
+  with first.held():
+    threading.Timer(0.3, first.write, ("config.json", identity(CONFIG))).start()
+    folder.begin(CONFIG)
+  with pytest.raises(WorkdirError, match="holds another config"):
+    folder.begin({**CONFIG, "sweep": {"parts": 2}})
 
 
 def test_flatten():
