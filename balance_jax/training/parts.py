@@ -20,8 +20,6 @@ from balance_jax.training.workdir import Workdir
 ENGINES = ("local", "ray")
 # Written into the folder of a part when it is done.
 FINISHED = "finished.json"
-# Bytes of metrics.jsonl that hold its last record.
-TAIL = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +131,6 @@ def records_of(task: Task, parts: Iterable[Part]) -> list[dict[str, Any]]:
 def _key(names: Sequence[str], record: Mapping[str, Any]) -> str:
   """What says which run a record belongs to."""
   return json.dumps([record.get(name) for name in names])
-
-
-def last_step(part: Part) -> int | None:
-  """The step of the newest record of a part that may be being trained elsewhere."""
-  try:
-    with open(part.folder.metrics, "rb") as file:
-      file.seek(max(0, part.folder.metrics.stat().st_size - TAIL))
-      *_, last, _ = file.read().split(b"\n")
-      return json.loads(last)["step"]
-  except (OSError, ValueError, KeyError):  # nothing yet, or a line that is longer
-    return None
 
 
 def so_far(parts: Sequence[Part], finished: Mapping[Part, Mapping]) -> dict[str, Any]:

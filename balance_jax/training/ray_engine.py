@@ -10,14 +10,14 @@ import contextlib
 import json
 import logging
 import os
-import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from balance_jax.training import hosts
-from balance_jax.training.parts import Part, last_step
+from balance_jax.training.parts import Part
 from balance_jax.training.signals import (
   InterruptedPartsError,
   InterruptedRunError,
@@ -26,8 +26,6 @@ from balance_jax.training.signals import (
 from balance_jax.training.workdir import Workdir
 
 INSTALL = "pip install 'balance_jax[ray]'"
-# Seconds between two lines of progress.
-PROGRESS = 15.0
 # Seconds that a task gets to save when the driver is stopped.
 STOP = 60.0
 # Seconds until the process of a lost task has let go of its folder: Ray ends it, or the file
@@ -57,8 +55,9 @@ def for_driver(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ray():
-  # It would report usage to its makers.
-  os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+  # No reports to its makers; the lines of the tasks as they are, after the name of the part.
+  for setting in ("USAGE_STATS_ENABLED", "DEDUP_LOGS", "COLOR_PREFIX"):
+    os.environ.setdefault(f"RAY_{setting}", "0")
   try:
     import ray
   except ImportError as error:
@@ -81,7 +80,10 @@ def connected(spec: Mapping[str, Any]):
   address = spec["address"] or os.environ.get("RAY_ADDRESS") or "local"
   own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
   try:
-    ray.init(address, logging_level=logging.ERROR, **own)
+    with warnings.catch_warnings():
+      # JAX warns of forks, which here only start other programs.
+      warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+      ray.init(address, logging_level=logging.ERROR, **own)
   except (ConnectionError, RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
     raise ValueError(f"sweep.address is {address!r}; no Ray cluster answers: {reason}") from error
@@ -126,7 +128,6 @@ def train(config: Mapping[str, Any], folder: Workdir, parts: Sequence[Part]) -> 
       if stop.caught:
         tasks.stop()
         raise InterruptedPartsError(stop.caught[0], len(tasks.running))
-      tasks.say_progress(len(parts))
   if tasks.failed:
     raise FailedPartsError("; ".join(f"{part}: {why}" for part, why in tasks.failed.items()))
 
@@ -152,7 +153,7 @@ class _Tasks:
     )(work)
     self.running: dict[Any, Part] = {}
     self.failed: dict[Part, str] = {}
-    self._losses, self._said, self._steps = collections.Counter(), time.monotonic(), {}
+    self._losses = collections.Counter()
 
   def begin(self, part: Part) -> None:
     text = json.dumps({**self._order, "arm": part.arm, "index": part.index})
@@ -174,7 +175,7 @@ class _Tasks:
       self.failed[part] = failed or f"{lost}, and sweep.retries = {self._retries} tries more failed"
       hosts.say(f"{part} failed: {self.failed[part]}")
     else:
-      hosts.say(f"{part} is finished")
+      hosts.say(f"{part} is finished, {len(self.running)} are not")
       return part
     return None
 
@@ -194,17 +195,6 @@ class _Tasks:
     for task in tasks:
       self._ray.cancel(task)
     self._ray.wait(tasks, num_returns=len(tasks), timeout=STOP)
-
-  def say_progress(self, total: int) -> None:
-    """Now and then: how many parts are done, and the steps of those that have moved."""
-    if time.monotonic() < self._said + PROGRESS or not self.running:
-      return
-    self._said = time.monotonic()
-    steps = {part: last_step(part) for part in self.running.values()}
-    moved = [f"{part} at step {n}" for part, n in steps.items() if n != self._steps.get(part)]
-    self._steps = steps
-    left = len(self.running)
-    hosts.say(", ".join([f"{total - left - len(self.failed)} of {total} parts finished", *moved]))
 
 
 def work(text: str) -> str:

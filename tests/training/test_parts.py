@@ -13,12 +13,13 @@ from balance_jax.training import experiment, loop, parts
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.signals import InterruptedRunError
 from balance_jax.training.task import Task
-from balance_jax.training.workdir import Workdir
+from balance_jax.training.workdir import LOCK, Workdir
 from tests.training import test_stability_task, tiny_run
 from tests.training.tiny_run import load_documents, tiny
 
-# Not a multiple of the parts.
-FIVE = {"methods": ("temperature_5",), "seeds": (0, 1, 2, 3, 4)}
+# Parts of one size share their compiled programs.
+FOUR = {"methods": ("temperature_5",), "seeds": (0, 1, 2, 3)}
+TWO = {"methods": ("temperature_5",), "seeds": (0, 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +106,9 @@ def assert_same(path, whole):
 
 def test_shards_at_different_times_are_the_job_that_is_not_cut(tmp_path, monkeypatch, capsys):
   """The second first; the first of them stopped by a signal and resumed."""
-  experiment.run_experiment(tiny(**FIVE), tmp_path / "whole")
+  experiment.run_experiment(tiny(**FOUR), tmp_path / "whole")
   table = results_of(tmp_path / "whole")["table"]
-  path, first, second = tmp_path / "cut", *(tiny(sweep__shard=f"{i}/2", **FIVE) for i in (0, 1))
+  path, first, second = tmp_path / "cut", *(tiny(sweep__shard=f"{i}/2", **FOUR) for i in (0, 1))
   capsys.readouterr()
   experiment.run_experiment(second, path)
   assert "part 1/2 is finished; not yet: part 0/2" in capsys.readouterr().out
@@ -115,7 +116,7 @@ def test_shards_at_different_times_are_the_job_that_is_not_cut(tmp_path, monkeyp
   assert (so_far["complete"], so_far["missing"]) == (False, ["part 0/2"])
   evaluations = so_far["finished"]["part 1/2"]
   assert [(r["seed"], r["step"]) for r in evaluations] == [(1, 12), (3, 12)]
-  before = {p: p.stat().st_mtime_ns for p in (path / "parts").rglob("*")}
+  before = {p: p.stat().st_mtime_ns for p in (path / "parts").rglob("*") if p.name != LOCK}
   experiment.run_experiment(second, path)
   assert "part 1/2 was finished before; not yet: part 0/2" in capsys.readouterr().out
 
@@ -127,7 +128,7 @@ def test_shards_at_different_times_are_the_job_that_is_not_cut(tmp_path, monkeyp
 
   with monkeypatch.context() as patch:
     patch.setattr(loop, "group_means", stop)
-    with pytest.raises(InterruptedRunError, match="at step 4; saved in .*/parts/0"):
+    with pytest.raises(InterruptedRunError, match=r"at step 4; saved in .*/parts/0"):
       experiment.run_experiment(first, path)
   assert not results_of(path)["complete"]
   experiment.run_experiment(first, path)
@@ -141,31 +142,30 @@ def test_shards_at_different_times_are_the_job_that_is_not_cut(tmp_path, monkeyp
 
 
 def test_another_number_of_parts_is_refused(tmp_path):
-  config = tiny(sweep__shard="0/2", **FIVE)
+  config = tiny(sweep__shard="0/2", **TWO)
   experiment.run_experiment(config, tmp_path)
   for changes, now in (({"shard": "0/3"}, 3), ({"parts": 1}, 1)):
-    other = tiny(**{f"sweep__{name}": value for name, value in changes.items()}, **FIVE)
+    other = tiny(**{f"sweep__{name}": value for name, value in changes.items()}, **TWO)
     with pytest.raises(experiment.BadInputError, match=rf"sweep\.parts was 2, is {now}"):
       experiment.run_experiment(other, tmp_path)
   # How they are trained may change: the rest in one process.
-  experiment.run_experiment(tiny(sweep__parts=2, **FIVE), tmp_path)
+  experiment.run_experiment(tiny(sweep__parts=2, **TWO), tmp_path)
   assert results_of(tmp_path)["complete"]
 
 
 def test_arms_and_parts_cross(tmp_path, monkeypatch):
-  """Two arms of three runs in four parts: no part has all of an arm, and some have of one only."""
+  """Two arms of two runs in three parts: none has all of an arm, and one has some of both."""
   monkeypatch.setattr(
     data, "load_documents", lambda *args, **kwargs: {"en": ["alpha beta gamma " * 99]}
   )
-  small = {"architectures": {"plain": {}}, "learning_rates": (1e-3, 3e-3, 1e-2), "seeds": (0,)}
+  small = {"architectures": {"plain": {}}, "seeds": (0,), "statistics": False}
   make = test_stability_task.tiny
   experiment.run_experiment(make(**small), tmp_path / "whole")
-  experiment.run_experiment(make(sweep__parts=4, **small), tmp_path / "cut")
-  arms = ["plain-w8-d1", "plain-w16-d1"]
-  found = {p.parent.name for p in (tmp_path / "cut").glob("arms/*/parts")}
-  assert found == set(arms)
-  assert {p.name for p in (tmp_path / "cut" / "arms" / arms[0] / "parts").iterdir()} == set("012")
-  assert {p.name for p in (tmp_path / "cut" / "arms" / arms[1] / "parts").iterdir()} == set("301")
+  experiment.run_experiment(make(sweep__parts=3, **small), tmp_path / "cut")
+  found = {p.relative_to(tmp_path / "cut" / "arms") for p in tmp_path.glob("cut/arms/*/parts/*")}
+  first, second = "plain-w8-d1", "plain-w16-d1"
+  where = [(first, 0), (first, 1), (second, 2), (second, 0)]
+  assert sorted(map(str, found)) == sorted(f"{arm}/parts/{index}" for arm, index in where)
   assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -182,7 +182,6 @@ def test_records_of_parts_are_in_the_order_of_the_runs(tmp_path):
     lines.insert(3, {"step": 0, "event": "time"})
     part.folder.path.mkdir(parents=True)
     part.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert parts.last_step(part) == 4
   found = parts.records_of(task, job)
   for event in ("train", "eval"):
     order = [(r["step"], r["seed"]) for r in found if r["event"] == event]
@@ -192,7 +191,7 @@ def test_records_of_parts_are_in_the_order_of_the_runs(tmp_path):
 
 def test_shards_at_once_and_a_part_in_use(tmp_path):
   """Three processes: two of one shard, of which one is refused, and one of the other."""
-  changes = {"methods": ("temperature_5", "cooldown"), "seeds": (0,), "train__steps": 2000}
+  changes = {**TWO, "train__steps": 400}
   path = tmp_path / "run"
   first = tiny_run.start(path, sweep__shard="0/2", **changes)
   while not (path / "parts" / "0" / "metrics.jsonl").exists():
@@ -210,4 +209,4 @@ def test_shards_at_once_and_a_part_in_use(tmp_path):
   assert results_of(path)["complete"]
   printed = [(tmp_path / f"{name}.out").read_text() for name in ("run", "other")]
   assert any("Report: " in text for text in printed)
-  assert len(read_records(path / "parts" / "1" / "metrics.jsonl")) > 500
+  assert len(read_records(path / "parts" / "1" / "metrics.jsonl")) > 200
