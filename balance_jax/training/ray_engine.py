@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -80,11 +81,12 @@ def connected(spec: Mapping[str, Any]):
   address = spec["address"] or os.environ.get("RAY_ADDRESS") or "local"
   own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
   try:
+    _knock(address)
     with warnings.catch_warnings():
       # JAX warns of forks, which here only start other programs.
       warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
       ray.init(address, logging_level=logging.ERROR, **own)
-  except (ConnectionError, RuntimeError, ValueError) as error:
+  except (OSError, RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
     raise ValueError(f"sweep.address is {address!r}; no Ray cluster answers: {reason}") from error
   try:
@@ -92,6 +94,13 @@ def connected(spec: Mapping[str, Any]):
     yield
   finally:
     ray.shutdown()
+
+
+def _knock(address: str) -> None:
+  """Raises OSError where nobody listens at a host:port; Ray would try it for minutes."""
+  host, colon, port = address.removeprefix("ray://").rpartition(":")
+  if colon and port.isdigit():
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _check_resources(nodes: Sequence[Mapping], wanted: Mapping[str, float], may_grow: bool) -> None:
