@@ -77,15 +77,17 @@ def test_bad_sections_are_one_clear_error_and_write_nothing(tmp_path, changes, m
   assert not (tmp_path / "run").exists()
 
 
-def close(one, other) -> bool:
-  """Whether two JSON values agree up to the rounding of floats."""
-  if isinstance(one, dict):
-    return list(one) == list(other) and all(close(one[key], other[key]) for key in one)
-  if isinstance(one, list):
-    return len(one) == len(other) and all(map(close, one, other))
-  if isinstance(one, float):
-    return bool(np.isclose(one, other, rtol=2e-4, atol=1e-6))
-  return one == other
+def differences(one, other, where="") -> list[str]:
+  """Where two JSON values do not agree up to the rounding of floats, or in their order."""
+  if isinstance(one, list) and isinstance(other, list):
+    one, other = dict(enumerate(one)), dict(enumerate(other))
+  if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+    return [text for key in one for text in differences(one[key], other[key], f"{where}/{key}")]
+  if isinstance(one, float) and isinstance(other, float):
+    same = np.isclose(one, other, rtol=2e-4, atol=1e-6)
+  else:
+    same = one == other
+  return [] if same else [f"{where}: {one} and {other}"]
 
 
 def results_of(path) -> dict:
@@ -93,13 +95,14 @@ def results_of(path) -> dict:
 
 
 def assert_same(path, whole):
-  """Results, table and page but for the number of parts and the time it took."""
+  """Results, table and page but for the number of parts, the devices and the time it took."""
   one, other = results_of(path), results_of(whole)
   count = one["config"].pop("sweep.parts")
   assert (count > 1, other["config"].pop("sweep.parts")) == (True, 1)
   for results in (one, other):
     assert results.pop("seconds") > 0
-  assert close(one, other)
+    assert "cpu" in results.pop("device")
+  assert differences(one, other) == []
   page, expected = ((p / "report.html").read_text() for p in (path, whole))
   assert re.findall(r"<(h2|figure|td)", page) == re.findall(r"<(h2|figure|td)", expected)
 

@@ -51,11 +51,11 @@ class Cluster:
       self.address = f"127.0.0.1:{probe.getsockname()[1]}"
     mark = uuid.uuid4().hex
     self.marks = {name: f"BALANCE_JAX_NODE={name}-{mark}" for name in ("head", "second", "driver")}
-    # Ray limits the length of the paths of its sockets.
+    # Ray listens on all interfaces; the token keeps others out.
     self.environment = {
       **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+      "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": mark,
       "RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0",
     }  # fmt: skip
     self.folder = folder
@@ -268,7 +268,7 @@ def test_no_cluster_at_the_address(tmp_path, monkeypatch, variable):
   if variable:
     monkeypatch.setenv("RAY_ADDRESS", where)
   config = tiny(sweep__engine="ray", sweep__address="" if variable else where)
-  with pytest.raises(experiment.BadInputError, match="'127.0.0.1:1'; no Ray cluster answers"):
+  with pytest.raises(experiment.BadInputError, match=r"'127\.0\.0\.1:1'; no Ray cluster answers"):
     experiment.run_experiment(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
