@@ -24,6 +24,7 @@ def read_requirements() -> list[str]:
 # that are read; neither is imported.
 DATA = ["plone.app.locales==7.0.4", "scikit-learn>=1.5"]
 TENSORBOARD = ["tensorboardX>=2.6.2"]
+RAY = ["ray>=2.60"]
 
 setup(
   name="balance_jax",
@@ -38,9 +39,12 @@ setup(
   install_requires=read_requirements(),
   extras_require={
     "data": DATA,
+    # Ray is a download of 75 MB, a tenth of what the tests need anyway; without it, half of what
+    # happens when a machine of a sweep dies would never be tried.
     # A new minor version of ruff may format differently, which would turn a green check red.
     "test": [
       *DATA,
+      *RAY,
       *TENSORBOARD,
       "hypothesis>=6.100",
       "pytest>=8.0",
@@ -53,6 +57,7 @@ setup(
     # CUDA 12 rather than 13: jax ships both, and 12 runs with older drivers and cards as well.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    "ray": RAY,
     "tensorboard": TENSORBOARD,
   },
   classifiers=[

@@ -98,9 +98,9 @@ def test_this_environment_meets_the_requirements(metadata):
 
 def test_extras(metadata):
   extras = metadata["extras_require"]
-  assert set(extras) == {"data", "test", "bench", "cuda", "tpu", "tensorboard"}
-  # The tests read the text and the event files.
-  assert {*extras["data"], *extras["tensorboard"]} < set(extras["test"])
+  assert set(extras) == {"data", "test", "bench", "cuda", "tpu", "ray", "tensorboard"}
+  # The tests read the text and the event files, and start a cluster.
+  assert {*extras["data"], *extras["ray"], *extras["tensorboard"]} < set(extras["test"])
   for lines in extras.values():
     assert all(Requirement(line) for line in lines)
 
@@ -108,7 +108,7 @@ def test_extras(metadata):
 @pytest.mark.parametrize(
   ("folder", "extras"),
   [
-    ("balance_jax", ["tensorboard"]),
+    ("balance_jax", ["ray", "tensorboard"]),
     ("tests", ["test"]),
     ("benchmarks", ["bench"]),
     ("configs", []),

@@ -78,7 +78,7 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
       if hosts.any_process(bool(hosts.on_main(_finished, config, folder))):
         return
       task = TASKS[config["task"]](own)
-      job = parts.cut(task, folder, spec["parts"])
+      job = parts.cut(task, folder, spec["parts"], config_digest(config))
       mine = parts.of_shard(job, spec["shard"])
       # One at a time, and the first now: most of what a config can get wrong shows in its shapes.
       arms = functools.lru_cache(maxsize=1)(lambda name: task.arms[name]())
@@ -129,7 +129,7 @@ def _train_part(config, arm: Arm, part: Part) -> None:
       arm.part(part.runs),
       part.folder,
       checkpoints,
-      config_digest=config_digest(config),
+      config_digest=part.config_digest,
       tensorboard=config["tensorboard"],
     ).run()
   hosts.on_main(parts.finish, part, {"seconds": seconds, "device": _device()})
@@ -149,7 +149,8 @@ def train_alone(config: Mapping[str, Any], path, arm: str, index: int, wait: flo
   """
   with _bad_input():  # a WorkdirError is a ValueError
     task = TASKS[config["task"]](config)
-    job = parts.cut(task, Workdir(path), config["sweep"]["parts"])
+    count, digest = config["sweep"]["parts"], config_digest(config)
+    job = parts.cut(task, Workdir(path), count, digest)
     part = next(part for part in job if (part.arm, part.index) == (arm, index))
     built = task.arms[arm]()
     jax.eval_shape(built.runs.init)

@@ -15,7 +15,7 @@ from typing import Any
 from balance_jax import _checks
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.task import Task
-from balance_jax.training.workdir import Workdir
+from balance_jax.training.workdir import Workdir, WorkdirError
 
 ENGINES = ("local", "ray")
 # Written into the folder of a part when it is done.
@@ -32,6 +32,7 @@ class Part:
     count: how many there are.
     runs: indices of its runs in the arm, at least one.
     folder: where its records and checkpoints lie.
+    config_digest: of the config of the job; what another one left in the folder is refused.
   """
 
   arm: str
@@ -39,20 +40,29 @@ class Part:
   count: int
   runs: tuple[int, ...]
   folder: Workdir
+  config_digest: str
 
   def __str__(self) -> str:
     part = f"part {self.index}/{self.count}" if self.count > 1 else ""
     return " of ".join(filter(None, [part, self.arm])) or "all runs"
 
   def finished(self) -> dict[str, Any] | None:
-    """What `finish` noted, or None."""
-    return self.folder.read(FINISHED)
+    """What `finish` noted, or None.
+
+    Raises:
+      WorkdirError: that was for another config.
+    """
+    note = self.folder.read(FINISHED)
+    if note is not None and note["config"] != self.config_digest:
+      raise WorkdirError(f"the runs in {self.folder.path} are those of another config")
+    return note
 
 
 def finish(part: Part, facts: Mapping[str, Any]) -> None:
   """Notes that a part has been trained, with the last evaluation of each of its runs."""
   evaluations = [r for r in read_records(part.folder.metrics) if r["event"] == "eval"]
-  part.folder.write(FINISHED, {**facts, "evaluations": evaluations[-len(part.runs) :]})
+  note = {"config": part.config_digest, **facts, "evaluations": evaluations[-len(part.runs) :]}
+  part.folder.write(FINISHED, note)
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**config, "sweep": spec}
 
 
-def cut(task: Task, folder: Workdir, count: int) -> list[Part]:
+def cut(task: Task, folder: Workdir, count: int, config_digest: str) -> list[Part]:
   """All parts of a job, by arm and then by index.
 
   Raises:
@@ -104,7 +114,8 @@ def cut(task: Task, folder: Workdir, count: int) -> list[Part]:
     for index in range(count):
       runs = tuple(range((index - before) % count, len(labels), count))
       if runs:
-        parts.append(Part(arm, index, count, runs, folder.below(arm).part(index, count)))
+        place = folder.below(arm).part(index, count)
+        parts.append(Part(arm, index, count, runs, place, config_digest))
     before += len(labels)
   return parts
 

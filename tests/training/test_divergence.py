@@ -116,7 +116,9 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
   (tmp_path / "run" / "results.json").unlink()
   path = tmp_path / "run" / "config.json"
   path.write_text(path.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
-  with pytest.raises(experiment.BadInputError, match="are those of another config"):
-    run(tmp_path / "run", optimizer__learning_rate=0.02)
+  for what in ("runs", "checkpoints"):
+    with pytest.raises(experiment.BadInputError, match=f"the {what} .* those of another config"):
+      run(tmp_path / "run", optimizer__learning_rate=0.02)
+    (tmp_path / "run" / "finished.json").unlink(missing_ok=True)
   with Checkpointer(tmp_path / "run" / "checkpoints") as checkpoints:
     assert checkpoints.latest_step() == 12

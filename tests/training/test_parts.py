@@ -36,7 +36,7 @@ def task_of(**runs) -> Task:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_every_run_is_in_one_part_and_parts_are_equally_large(tmp_path, runs, count):
   task = task_of(**runs)
-  job = parts.cut(task, Workdir(tmp_path), count)
+  job = parts.cut(task, Workdir(tmp_path), count, "")
   found = sorted((part.arm, run) for part in job for run in part.runs)
   assert found == sorted((arm, run) for arm, number in runs.items() for run in range(number))
   sizes = [
@@ -49,8 +49,8 @@ def test_every_run_is_in_one_part_and_parts_are_equally_large(tmp_path, runs, co
 
 def test_more_parts_than_runs(tmp_path):
   with pytest.raises(ValueError, match=r"sweep\.parts is 4; allowed: 1 to 3"):
-    parts.cut(task_of(a=1, b=2), Workdir(tmp_path), 4)
-  assert parts.cut(task_of(), Workdir(tmp_path), 1) == []
+    parts.cut(task_of(a=1, b=2), Workdir(tmp_path), 4, "")
+  assert parts.cut(task_of(), Workdir(tmp_path), 1, "") == []
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_arms_and_parts_cross(tmp_path, monkeypatch):
 
 def test_records_of_parts_are_in_the_order_of_the_runs(tmp_path):
   task = task_of(a=3)
-  job = parts.cut(task, Workdir(tmp_path), 2)
+  job = parts.cut(task, Workdir(tmp_path), 2, "")
   for part in job:
     lines = [
       {"step": step, "event": event, "seed": seed}

@@ -225,7 +225,7 @@ def fake_ray(outcomes):
 def test_lost_tasks_are_begun_again_and_failed_ones_are_not(tmp_path, monkeypatch, capsys):
   ray = fake_ray({0: ["lost", ""], 1: ["lost"] * 3, 2: ["no such file"], 3: [""]})
   monkeypatch.setattr(ray_engine, "_ray", lambda: ray)
-  job = [Part("", i, 4, (i,), Workdir(tmp_path / str(i))) for i in range(4)]
+  job = [Part("", i, 4, (i,), Workdir(tmp_path / str(i)), "") for i in range(4)]
   config = {"sweep": {"retries": 2, "resources": {"CPU": 1.0, "GPU": 0.0}}}
   done, tasks = [], ray_engine.train(config, Workdir(tmp_path), job)
   with pytest.raises(ray_engine.FailedPartsError) as error:
