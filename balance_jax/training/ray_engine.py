@@ -131,7 +131,7 @@ def train(config: Mapping[str, Any], folder: Workdir, parts: Sequence[Part]) -> 
     if part.finished() is None:
       tasks.begin(part)
   # The driver has nothing to save, but must not leave its tasks behind.
-  with stop_signals(at_once=False) as stop:
+  with stop_signals() as stop:
     while tasks.running:
       yield from tasks.wait(seconds=1.0)
       if stop.caught:
