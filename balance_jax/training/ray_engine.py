@@ -88,7 +88,10 @@ def connected(spec: Mapping[str, Any]):
       ray.init(address, logging_level=logging.ERROR, **own)
   except (OSError, RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
-    raise ValueError(f"sweep.address is {address!r}; no Ray cluster answers: {reason}") from error
+    raise ValueError(
+      f"sweep.address is {address!r}; no Ray cluster answers: {reason} (one with tokens also wants "
+      "RAY_AUTH_MODE=token)"
+    ) from error
   try:
     _check_resources(ray.nodes(), spec["resources"], may_grow=address != "local")
     yield

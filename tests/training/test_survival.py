@@ -41,7 +41,7 @@ def target():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(data, "load_documents", tiny_run.load_documents)
     task = experiment.TASKS["language_model"](tiny_run.tiny(**SMALL))
-  return jax.eval_shape(task.arms[""]().runs.init)
+    return jax.eval_shape(task.arms[""]().runs.init)
 
 
 def assert_same(path, expected, target):
