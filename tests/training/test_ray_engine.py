@@ -33,8 +33,8 @@ def get_config(rates):
   config = runpy.run_path("configs/quickstart.py")["get_config"]()
   config.data.update(languages=("lv", "rm"), window=8, eval_rows=8)
   config.model.update(width=8, depth=1, heads=2)
-  config.train.update(steps=6000, chunk=50, batch_size=4, eval_every=1000, checkpoint_every=200)
-  config.train.update(variance_every=6000, variance_examples=2, variance_batches=2)
+  config.train.update(steps=2000, chunk=50, batch_size=4, eval_every=1000, checkpoint_every=100)
+  config.train.update(variance_every=2000, variance_examples=2, variance_batches=2)
   config.methods, config.reference, config.seeds = ("temperature_5",), "", (0,)
   config.sweep.axes.learning_rate = tuple(map(float, rates.split(",")))
   config.parallel = "map"
@@ -161,7 +161,7 @@ def test_a_job_survives_signals_and_the_death_of_a_node(command, cluster, tmp_pa
   assert driver.wait(timeout=TIMEOUT) == 128 + signal.SIGTERM, said.read_text()
   assert "stopped by SIGTERM, 2 parts not finished" in said.read_text()
   stopped = saved(path)
-  assert 0 < min(stopped) <= max(stopped) < 6000
+  assert 0 < min(stopped) <= max(stopped) < 2000
 
   driver, said = command(path)
   wait_for(lambda: all(a > b for a, b in zip(saved(path), stopped, strict=True)), driver, said)
@@ -170,9 +170,9 @@ def test_a_job_survives_signals_and_the_death_of_a_node(command, cluster, tmp_pa
   text = said.read_text()
   (lost,) = re.findall(r"part (\d)/2: its process was lost .*; begun again, 1 of 3 times", text)
   # Once after the signal, and once more; both nodes pass on the lines of one log folder.
-  found = re.findall(rf"\(part {lost}/2 .* resuming at step (\d+) of 6000", text)
+  found = re.findall(rf"\(part {lost}/2 .* resuming at step (\d+) of 2000", text)
   assert len(resumed := sorted({int(step) for step in found})) == 2
-  assert 0 < resumed[0] < resumed[1] < 6000
+  assert 0 < resumed[0] < resumed[1] < 2000
 
   whole, said = command(tmp_path / "whole", engine="local", parts=1)
   assert whole.wait(timeout=TIMEOUT) == 0, said.read_text()
@@ -189,7 +189,7 @@ def test_a_part_that_diverges_is_not_tried_again_and_the_other_is_kept(command, 
   assert re.match(r"error: part 1/2: .*temperature_5 learning_rate=1e\+38 with seed 0", line)
   results = results_of(path)
   assert (results["complete"], results["missing"]) == (False, ["part 1/2"])
-  assert results["finished"]["part 0/2"][-1]["step"] == 6000
+  assert results["finished"]["part 0/2"][-1]["step"] == 2000
 
 
 class LostError(Exception):
