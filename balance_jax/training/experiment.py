@@ -154,7 +154,7 @@ def train_alone(config: Mapping[str, Any], path, arm: str, index: int, wait: flo
     part = next(part for part in job if (part.arm, part.index) == (arm, index))
     built = task.arms[arm]()
     jax.eval_shape(built.runs.init)
-  with _bad_input(WorkdirError), part.folder.held(wait):
+  with _bad_input(WorkdirError, CorruptedDataError), part.folder.held(wait):
     if part.finished() is None:
       _train_part(config, built, part)
 

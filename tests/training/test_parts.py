@@ -5,16 +5,21 @@ import os
 import re
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balance_jax import data
+from balance_jax import data, training
 from balance_jax.training import experiment, loop, parts
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.signals import InterruptedRunError
 from balance_jax.training.task import Task
 from balance_jax.training.workdir import LOCK, Workdir
 from tests.training import test_stability_task, tiny_run
+from tests.training.test_reading import TABLE, Recorder
+from tests.training.test_reading_sweeps import sweep_of
+from tests.training.test_run import assert_same as assert_same_arrays
 from tests.training.tiny_run import load_documents, tiny
 
 # Parts of one size share their compiled programs.
@@ -170,6 +175,16 @@ def test_arms_and_parts_cross(tmp_path, monkeypatch):
   where = [(first, 0), (first, 1), (second, 2), (second, 0)]
   assert sorted(map(str, found)) == sorted(f"{arm}/parts/{index}" for arm, index in where)
   assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("make_table", "how"), [(lambda: TABLE, "shard"), (Recorder, "map")])
+def test_a_part_of_a_sweep_is_some_of_its_runs(make_table, how):
+  devices = {"devices": jax.devices()[:3]} if how == "shard" else {}
+  runs, chosen = sweep_of(make_table(), how, **devices), [1, 4]
+  whole, history = training.run_sweep(runs, 8, chunk=4)
+  after, part_history = training.run_sweep(runs.part(chosen), 8, chunk=4)
+  expected = jax.tree.map(lambda x: x[jnp.array(chosen)], (whole, history))
+  assert_same_arrays((after, part_history), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_records_of_parts_are_in_the_order_of_the_runs(tmp_path):
