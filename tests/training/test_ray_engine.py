@@ -24,7 +24,7 @@ from tests.training.test_parts import assert_same, results_of
 from tests.training.tiny_run import load_documents, tiny
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
+TIMEOUT = 300
 
 CONFIG = """
 import runpy
