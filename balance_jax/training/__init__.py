@@ -4,7 +4,8 @@ from balance_jax.training.batch import Batch, Observed, Share
 from balance_jax.training.mesh import data_mesh, data_parallel, replicate
 from balance_jax.training.run import TrainingDivergedError, run
 from balance_jax.training.state import Carried, Context, TrainState, init_state
-from balance_jax.training.step import METRICS, Step, make_step
+from balance_jax.training.step import Step, make_step
+from balance_jax.training.step_metrics import METRICS
 from balance_jax.training.sweep import chain, product, stack_cells, sweep, zip_
 from balance_jax.training.sweep_runs import SweepRuns, run_sweep
 

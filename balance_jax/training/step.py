@@ -25,20 +25,7 @@ from balance_jax.stability.health import tree_rms
 from balance_jax.training.batch import Batch, Observed, Share
 from balance_jax.training.sharding import ONE_DEVICE, Placement
 from balance_jax.training.state import Carried, Context, TrainState
-
-METRICS = {
-  "loss": "float scalar: sum_b w_b loss_b / count, the estimate of the objective",
-  "grad_norm": "float scalar: norm of the gradient before the optimizer sees it",
-  "group_loss": "WeightedMean of (K,): unweighted losses of the batch by group",
-  "mixture": "dict of p and r, float (K,): what this step optimised and drew",
-  "epochs": "float (K,): passes over each group after this step",
-  "observed": "dict: what the loss reported beside its losses, reduced over the batch",
-  "grad_rms": "pytree like params: root mean square of each gradient, before the optimizer",
-  "update_rms": "pytree like params: root mean square of each parameter's change",
-}
-
-# Computed only where they are named: they cost a pass over all parameters.
-_ON_REQUEST = ("grad_rms", "update_rms")
+from balance_jax.training.step_metrics import choose_metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +45,7 @@ class Step:
   measure_examples: int
   streams: GroupStreams | None
   carried: Carried | None = None
+  skip_bad_steps: bool = False
   placement: Placement = ONE_DEVICE
 
   def draw(self, state: TrainState, table, part=None) -> tuple[TrainState, Batch]:
@@ -182,6 +170,10 @@ class Step:
       mixer=self._update_mixer(state, share, table),
       carried=self._update_carried(state, share),
     )
+    if self.skip_bad_steps:
+      bad = ~(jnp.isfinite(share.loss) & jnp.isfinite(optax.tree.norm(share.grads)))
+      kept = dataclasses.replace(state, step=after.step)
+      after = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, after)
     return after, self._collect(state, after, share, updates)
 
   def __call__(self, state: TrainState, batch: Batch, table=None) -> tuple[TrainState, dict]:
@@ -302,6 +294,7 @@ def make_step(
   measure_every: int = 50,
   measure_examples: int = 4,
   carried: Carried | None = None,
+  skip_bad_steps: bool = False,
 ) -> Step:
   """Builds a training step.
 
@@ -325,6 +318,8 @@ def make_step(
     carried: a rule with state for the loss to read, updated after every step with what the loss put
       into `Observed.carried`, be it running statistics or the weights of its terms; `Carried()` for
       a loss that only reads the step number.
+    skip_bad_steps: a step whose loss or gradient is not finite moves on in the data and changes
+      nothing else: no parameter, no state of the optimizer or of a rule. Its metrics tell.
 
   Returns:
     `Step`: `step(state, batch) -> (state, metrics)`, pure.
@@ -355,22 +350,14 @@ def make_step(
     num_groups=num_groups,
     batch_size=batch_size,
     allocation=allocation,
-    metrics=_choose_metrics(metrics, table),
+    metrics=choose_metrics(metrics, table),
     micro_batches=micro_batches,
     measure_every=measure_every,
     measure_examples=measure_examples,
     streams=None if table is None else GroupStreams(table.group_sizes),
     carried=carried,
+    skip_bad_steps=skip_bad_steps,
   )
-
-
-def _choose_metrics(metrics: Sequence[str] | None, table) -> tuple[str, ...]:
-  """The metrics asked for; epochs are counted only where the step draws from a table."""
-  available = [name for name in METRICS if table is not None or name != "epochs"]
-  for name in metrics or ():
-    _checks.check_choice("metrics", name, available)
-  default = [name for name in available if name not in _ON_REQUEST]
-  return tuple(default if metrics is None else metrics)
 
 
 def _count_groups(table, num_groups: int | None) -> int:

@@ -285,3 +285,46 @@ def test_bad_arguments():
   wrong = dataclasses.replace(step, per_example_loss=lambda params, rows, key: jnp.zeros(()))
   with pytest.raises(ValueError, match="result of per_example_loss has shape"):
     wrong(drawn, batch, table)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_bad_step_moves_on_in_the_data_and_changes_nothing_else(bad):
+  def loss(params, rows, key, context):
+    values = per_example_loss(params, rows, key)
+    now = context.step == 2
+    if bad == "loss":
+      values = values * jnp.where(now, jnp.nan, 1.0)
+    else:  # a finite loss with an infinite slope
+      zero = jnp.sum((params["w"] - jax.lax.stop_gradient(params["w"])) ** 2)
+      values = values + jnp.sqrt(zero + jnp.where(now, 0.0, 1.0))
+    return values, training.Observed(carried={"mean": values.mean()})
+
+  carried = training.Carried(
+    init=lambda key: jnp.zeros(()), update=lambda state, seen, step: 0.5 * state + seen["mean"]
+  )
+  mixer = mixing.make_mixer(
+    lambda state, step: jax.nn.softmax(state),
+    (300, 20, 70),
+    init=lambda key: jnp.zeros(3),
+    update=lambda state, seen: 0.7 * state + seen["group_loss"],
+    needs=("group_loss",),
+  )
+  kwargs = {"loss": loss, "carried": carried, "table": make_table((300, 20, 70))}
+  step, state = make_problem(mixer, optimizer=optax.adam(0.1), skip_bad_steps=True, **kwargs)
+  states = [state]
+  for _ in range(5):
+    state, metrics = step.advance(states[-1], step.table, 1)
+    assert bool(jnp.isfinite(metrics["grad_norm"][0])) == (len(states) != 3)
+    states.append(state)
+  before, after = states[2], states[3]
+  assert (int(after.step), int(states[5].step)) == (3, 5)
+  for name in ("params", "opt_state", "mixer", "carried"):
+    for x, y in zip(*(jax.tree.leaves(getattr(s, name)) for s in (before, after)), strict=True):
+      np.testing.assert_array_equal(x, y)
+  assert not np.array_equal(before.streams.offset, after.streams.offset)
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(states[5].params))
+  assert not np.array_equal(states[3].params["w"], states[4].params["w"])
+  # Without it, one such step ruins the rest.
+  step, state = make_problem(mixer, optimizer=optax.adam(0.1), **kwargs)
+  state, _ = step.advance(state, step.table, 5)
+  assert not bool(jnp.isfinite(state.params["w"]).any())
