@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import random
 import time
 
 import pytest
 
 from balance_jax import data
-from balance_jax.training import experiment, timing
+from balance_jax.training import experiment, loop, timing
+from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.sweep_runs import SweepRuns
 from balance_jax.training.timing import PARTS, StopWatch, time_line, without_times
@@ -125,17 +125,30 @@ def test_after_a_return_the_next_record_has_what_was_thrown_away(tmp_path, docum
 
 def test_a_clock_that_jumps_by_hours_changes_nothing(tmp_path, documents, monkeypatch):
   experiment.run_experiment(tiny(**SMALL), tmp_path / "usual")
-  rng, now, now_ns = random.Random(0), time.time, time.time_ns
-  monkeypatch.setattr(time, "time", lambda: now() + rng.choice((-1, 1)) * 3600 * rng.random() * 9)
-  monkeypatch.setattr(time, "time_ns", lambda: now_ns() + rng.choice((-1, 1)) * 10**13)
-  assert time.time() != pytest.approx(now(), abs=5)
+  hours, now, now_ns = [0], time.time, time.time_ns
+  monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours[-1])
+  monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 3600 * 10**9 * hours[-1])
+
+  def jumps(fn):
+    def then_jumps(*args, **kwargs):
+      result = fn(*args, **kwargs)
+      hours.append((len(hours) % 3 - 1) * 5 * len(hours))
+      return result
+
+    return then_jumps
+
+  for owner, name in ((loop, "group_means"), (SweepRuns, "advance"), (SweepRuns, "apply")):
+    monkeypatch.setattr(owner, name, jumps(getattr(owner, name)))
+  monkeypatch.setattr(Checkpointer, "save", jumps(Checkpointer.save))  # while it is being written
   began = time.monotonic()
   experiment.run_experiment(tiny(**SMALL), tmp_path / "jumps")
   wall = time.monotonic() - began
-  usual, jumps = (
+  usual, jumping = (
     without_times(read_records(tmp_path / name / "metrics.jsonl")) for name in ("usual", "jumps")
   )
-  assert usual == jumps
+  assert usual == jumping
+  assert min(hours) < -40
+  assert max(hours) > 40
   for record in times_of(tmp_path / "jumps"):
     assert all(0 <= value <= wall for name, value in record.items() if name in (*PARTS, "seconds"))
   results = json.loads((tmp_path / "jumps" / "results.json").read_text())
