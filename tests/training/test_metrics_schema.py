@@ -111,7 +111,7 @@ def check_order(records, num_runs: int) -> None:
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
   """Its figures would take most of the time."""
-  monkeypatch.setattr(experiment, "_conclude", lambda *_: None)
+  monkeypatch.setattr(experiment, "_conclude", lambda *_: {"complete": True, "table": ""})
 
 
 def run(path, config) -> list[dict]:
@@ -134,7 +134,7 @@ def test_language_model(tmp_path, monkeypatch):
   monkeypatch.setattr(data, "load_documents", load_documents)
   poison(monkeypatch, 0.06)
   config = tiny(
-    methods=("temperature_5",), seeds=(0, 1), sweep__axes={"eps": (1e-8, 1e-6)},
+    methods=("temperature_5",), seeds=(0, 1), sweep__axes__eps=(1e-8, 1e-6),
     reference="", train__checkpoint_every=4, train__max_rollbacks=9,
   )  # fmt: skip
   records = run(tmp_path / "run", config)

@@ -110,7 +110,7 @@ def test_every_arm_has_its_trace_as_far_as_it_goes(tmp_path, monkeypatch, capsys
   config = test_stability_task.tiny(
     architectures={"plain": {}, "short": short}, sizes=((8, 1, 2),), seeds=(0,), profile="4:6"
   )
-  monkeypatch.setattr(experiment, "_conclude", lambda *_: None)
+  monkeypatch.setattr(experiment, "_conclude", lambda *_: {"complete": True, "table": ""})
   experiment.run_experiment(config, tmp_path)
   assert len(traces(tmp_path / "arms" / "plain-w8-d1")) == 1
   assert not (tmp_path / "arms" / "short-w8-d1" / "profile").exists()
