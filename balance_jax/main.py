@@ -1,5 +1,5 @@
 """Command line: python -m balance_jax.main --config=configs/NAME.py --workdir=DIR [--config.a.b=v].
-With --dry_run instead of --workdir: what it would train, its operations and memory.
+With --dry_run instead of --workdir: what it would train, its operations, memory, data and mixture.
 
 Exit codes: 0 finished, 2 bad input or a run that cannot go on (one line says why), 128 + n stopped
 by signal n with its state saved.
@@ -17,7 +17,7 @@ flags.DEFINE_bool("distributed", False, "One of several processes of a cluster t
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where it cannot be asked.")
 flags.DEFINE_integer("num_processes", None, "How many processes run this together.")
 flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-flags.DEFINE_bool("dry_run", False, "Print parameters, operations and memory; train nothing.")
+flags.DEFINE_bool("dry_run", False, "Print sizes, operations, memory, mixture; train nothing.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,4 +51,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.sweep.resources = ml_collections.ConfigDict({"CPU": 1.0, "GPU": 0.0})  # of a part
   config.sweep.retries = 3  # times that a part whose process was lost is begun again
   config.tensorboard = False
+  config.profile = ""  # steps to trace, such as "100:110"; see docs/metrics.md
   return config

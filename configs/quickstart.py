@@ -100,4 +100,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.model = 1  # parts of a matrix of the decoder
   config.mesh.shard_parameters = False  # along the parts of a batch too, to save memory
   config.tensorboard = False  # event files too; needs balance_jax[tensorboard]
+  config.profile = ""  # steps to trace, such as "100:110"; see docs/metrics.md
   return config

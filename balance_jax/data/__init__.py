@@ -12,6 +12,7 @@ from balance_jax.data.images import (
   take_classes,
   to_float,
 )
+from balance_jax.data.prepared import only_what_is_there
 from balance_jax.data.reader import GroupReader
 from balance_jax.data.row_files import load_rows
 from balance_jax.data.sources import SOURCES, DatasetNotInstalledError
@@ -37,6 +38,7 @@ __all__ = [
   "load_documents",
   "load_images",
   "load_rows",
+  "only_what_is_there",
   "random_crop",
   "random_flip",
   "take_classes",

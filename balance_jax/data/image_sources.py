@@ -110,7 +110,9 @@ def read_npz_jpeg(split: str, path: str | os.PathLike | None) -> Images:
     The split; all of its images must have one size.
   """
   if path is None:
-    raise ValueError("path is None; source 'npz_jpeg' needs the path of an .npz archive")
+    raise sources.DatasetNotFoundError(
+      "path is None; source 'npz_jpeg' needs the path of an .npz archive"
+    )
   path = Path(path).expanduser()
   arrays = _load_npz(path)
   labels, is_train = arrays["labels"], arrays["is_train"]
@@ -215,7 +217,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
   """The arrays of a JPEG archive, found consistent."""
   if not path.is_file():
-    raise ValueError(f"path: there is no file {str(path)!r}")
+    raise sources.DatasetNotFoundError(f"path: there is no file {str(path)!r}")
   try:
     # Archives may come from anywhere, and unpickling runs code.
     with np.load(path, allow_pickle=False) as archive:

@@ -5,6 +5,7 @@ stored as array_record or parquet.
 """
 
 import contextlib
+import contextvars
 import os
 import re
 import tempfile
@@ -17,6 +18,7 @@ from balance_jax.data import digests, sources
 
 CHUNK = 4096  # examples read at once
 _INSTALL = "pip install 'balance_jax[data]'"
+_MAY_MAKE = contextvars.ContextVar("may_make", default=True)
 
 
 def data_directory(given: str | os.PathLike | None, default: str | os.PathLike) -> Path:
@@ -39,6 +41,16 @@ def import_tfds():
 # --- Finding ---
 
 
+@contextlib.contextmanager
+def only_what_is_there():
+  """Inside of it, data that would first have to be prepared is data that is not installed."""
+  token = _MAY_MAKE.set(False)
+  try:
+    yield
+  finally:
+    _MAY_MAKE.reset(token)
+
+
 def make_once(final: Path, root: Path, make: Callable[[Path], Path]) -> Path:
   """The directory `final` below `root`, complete or not there at all.
 
@@ -50,9 +62,14 @@ def make_once(final: Path, root: Path, make: Callable[[Path], Path]) -> Path:
 
   Returns:
     `final`.
+
+  Raises:
+    DatasetNotInstalledError: there is none, within `only_what_is_there`.
   """
   if final.exists():
     return final
+  if not _MAY_MAKE.get():
+    raise sources.DatasetNotFoundError(f"{final} is not prepared yet; a run does it")
   root.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as scratch:
     made = make(Path(scratch))
@@ -94,7 +111,7 @@ def find_dataset(source: str, data_dir: Path) -> Path:
   found = [p for p in found if re.fullmatch(version or r"\d+\.\d+\.\d+", p.name)]
   if not found:
     present = sorted(p.name for p in data_dir.glob("*") if p.is_dir())
-    raise ValueError(
+    raise sources.DatasetNotFoundError(
       f"no prepared data set {source!r} in {data_dir}{_checks.nearest(name, present)}; that "
       f"directory holds: {', '.join(present) or 'nothing'}"
     )

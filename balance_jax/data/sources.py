@@ -30,6 +30,10 @@ class DatasetNotInstalledError(RuntimeError):
   """The package that carries a data set is missing; the message names the command to install it."""
 
 
+class DatasetNotFoundError(DatasetNotInstalledError, ValueError):
+  """Prepared data, or a file of data, that was asked for by name is not on this machine."""
+
+
 class Record(NamedTuple):
   """One string of a source."""
 

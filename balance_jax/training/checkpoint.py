@@ -27,6 +27,10 @@ from balance_jax.training.metric_log import replace_file
 # Lies in the folder of the checkpoint and goes with it.
 SEAL = "seal.json"
 
+# Seconds after which Orbax gives a save up. It reads them from the machine's clock, which may be
+# set; where a process is lost, JAX's heartbeat ends the others.
+_PATIENCE = 7 * 24 * 3600
+
 
 class CheckpointError(OSError):
   """A checkpoint cannot be written, or none of those there can be used; says why."""
@@ -54,7 +58,7 @@ class Checkpointer:
     self._log = logging.getLogger("absl")
     self._log.addFilter(_is_not_of_orbax)
     handler = ocp.CompositeCheckpointHandler(handler_registry=_handlers(ocp))
-    self._orbax = ocp.AsyncCheckpointer(handler)
+    self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=_PATIENCE)
     hosts.on_main(self._prepare)
 
   def _prepare(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from balance_jax import _checks
+from balance_jax import _checks, data
 from balance_jax.data import CorruptedDataError, DatasetNotInstalledError
 from balance_jax.training import hosts, parts, ray_engine
 from balance_jax.training.checkpoint import Checkpointer
@@ -26,10 +26,12 @@ from balance_jax.training.dry_run import dry_run, without_data
 from balance_jax.training.language_model import language_model
 from balance_jax.training.loop import Training
 from balance_jax.training.parts import Part
+from balance_jax.training.profiling import parse_window
 from balance_jax.training.robust_task import robust_task
 from balance_jax.training.run import TrainingDivergedError
 from balance_jax.training.stability_task import stability_task
 from balance_jax.training.task import Arm, Task
+from balance_jax.training.timing import time_line, without_times
 from balance_jax.training.workdir import Workdir, WorkdirError, flatten, identity
 
 TASKS = {
@@ -82,6 +84,7 @@ def run_experiment(config: Mapping[str, Any], path) -> None:
       mine = parts.of_shard(job, spec["shard"])
       # One at a time, and the first now: most of what a config can get wrong shows in its shapes.
       arms = functools.lru_cache(maxsize=1)(lambda name: task.arms[name]())
+      parse_window(config["profile"], arms(mine[0].arm).train["steps"] if mine else 0)
       if mine:
         jax.eval_shape(arms(mine[0].arm).runs.init)
       if on_ray:
@@ -131,6 +134,7 @@ def _train_part(config, arm: Arm, part: Part) -> None:
       checkpoints,
       config_digest=part.config_digest,
       tensorboard=config["tensorboard"],
+      window=parse_window(config["profile"], math.inf),
     ).run()
   hosts.on_main(parts.finish, part, {"seconds": seconds, "device": _device()})
 
@@ -160,15 +164,22 @@ def train_alone(config: Mapping[str, Any], path, arm: str, index: int, wait: flo
 
 
 def describe(config: Mapping[str, Any]) -> str:
-  """The table of `dry_run` for a resolved config; trains and writes nothing, reads no data.
+  """The text of `dry_run` for a resolved config; trains and writes nothing.
+
+  The data is read where it is on this machine and prepared; else only shapes are given.
 
   Raises:
-    BadInputError: a wrong value in the config.
+    BadInputError: a wrong value in the config, or data that cannot be read.
   """
   with _bad_input():
     config = parts.settled(config)
     _checks.check_choice("task", config["task"], TASKS)
-    return dry_run(TASKS[config["task"]](without_data(config)))
+    build, profile = TASKS[config["task"]], config["profile"]
+    try:
+      with data.only_what_is_there():
+        return dry_run(build(config), profile=profile)
+    except DatasetNotInstalledError as error:
+      return dry_run(build(without_data(config)), missing=str(error), profile=profile)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -220,14 +231,19 @@ def _conclude(config, task: Task, folder: Workdir, job, notes: Sequence[Mapping]
   }
   with _bad_input():
     records = parts.records_of(task, job)
-  text, results = task.conclude(records, facts, folder.report)
+  if line := time_line(records):
+    facts["time"] = line
+  text, results = task.conclude(without_times(records), facts, folder.report)
   return {"complete": True, **results, "table": text, **facts}
 
 
 def _tell(results: Mapping[str, Any], folder: Workdir, shard: str, new: bool) -> None:
   """Prints the table, or what is missing."""
   if results["complete"]:
-    print(f"{results['table']}\nReport: {folder.report}")
+    print(results["table"])
+    if "time" in results:
+      print(f"Time: {results['time']}")
+    print(f"Report: {folder.report}")
     return
   print(
     f"part {shard} {'is finished' if new else 'was finished before'}; not yet: "

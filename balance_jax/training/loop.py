@@ -8,7 +8,6 @@ for the keys of the runs that diverged.
 import dataclasses
 import operator
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,11 @@ import numpy as np
 from balance_jax.training import hosts
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.metric_log import MetricLog, Progress
+from balance_jax.training.profiling import Profile
 from balance_jax.training.run import TrainingDivergedError, check_finite
 from balance_jax.training.signals import InterruptedRunError, stop_signals
 from balance_jax.training.task import Arm
+from balance_jax.training.timing import StopWatch
 from balance_jax.training.workdir import Workdir, WorkdirError
 
 
@@ -32,6 +33,7 @@ class Training:
     checkpoints: those of this folder.
     config_digest: of the config; a checkpoint of another one is refused.
     tensorboard: whether to write event files too.
+    window: the steps to trace, see `profiling`, or None.
   """
 
   def __init__(
@@ -42,11 +44,12 @@ class Training:
     *,
     config_digest: str,
     tensorboard: bool,
+    window: range | None,
   ):
     self._arm, self._folder, self._checkpoints = arm, folder, checkpoints
-    self._config_digest = config_digest
+    self._config_digest, self._window = config_digest, window
     self._board = folder.tensorboard if tensorboard else None
-    self._began = time.monotonic()
+    self._watch = StopWatch(arm.runs.seconds)
     # Every return to a checkpoint so far: the step that diverged, the metric, the runs (indices).
     self._rollbacks: list[dict] | None = None
     self._score, self._done = None, 0
@@ -65,7 +68,8 @@ class Training:
     """
     with stop_signals(self._is_saved if jax.process_count() == 1 else None) as self._stop:
       while True:
-        redone = self._resume()
+        with self._watch.part("other"):
+          redone = self._resume()
         try:
           return self._to_the_end(redone)
         except TrainingDivergedError as error:
@@ -82,12 +86,14 @@ class Training:
       self._states, self._done = self._arm.runs.init(), 0
       extra = {"seconds": 0.0, "rollbacks": []}
       hosts.on_main(lambda: self._folder.metrics.unlink(missing_ok=True))
+      self._watch.go_back(None)
     else:
       self._states, extra = self._checkpoints.restore(self._arm.runs.shapes())
       if extra["config"] != self._config_digest:
         raise WorkdirError(f"the checkpoints in {self._folder.path} are those of another config")
       self._done = int(self._states.step[0])
       hosts.say(f"resuming at step {self._done} of {self._arm.train['steps']}")
+      self._watch.go_back(self._done)
     if self._rollbacks is None:
       self._rollbacks, self._before = extra["rollbacks"], extra["seconds"]
     known = len(extra["rollbacks"])
@@ -111,16 +117,23 @@ class Training:
   def _to_the_end(self, redone: list[dict]) -> float:
     """Chunks of steps with records, measurements and checkpoints between them."""
     arm, steps = self._arm, self._arm.train["steps"]
-    with self._open_log() as self._log, self._open_progress() as progress:
+    with (
+      self._open_log() as self._log,
+      self._open_progress() as progress,
+      self._open_profile() as profile,
+    ):
       if self._done == 0 and hosts.any_process(self._log.is_empty()):
-        self._evaluate("eval", arm.validation)
-        self._save()
+        with self._watch.part("measure"):
+          self._evaluate("eval", arm.validation)
+        with self._watch.part("save"):
+          self._save()
+        self._log.write([self._watch.record(0)])
       self._log.write(redone)
       while self._done < steps:
-        metrics = self._chunk()
+        with profile.chunk(self._done):
+          metrics = self._chunk()
         progress.update(self._done, group_means(arm, metrics))
         self._look_around(last=self._done == steps)
-      self._checkpoints.finish()
       return self._elapsed()
 
   def _open_progress(self):
@@ -128,6 +141,11 @@ class Training:
       return hosts.Silent()
     steps = self._arm.train["steps"]
     return Progress(steps, self._arm.runs.num_runs, start_step=self._done)
+
+  def _open_profile(self) -> Profile:
+    train = self._arm.train
+    sizes = {"done": self._done, "steps": train["steps"], "chunk": train["chunk"]}
+    return Profile(self._window, self._folder.path, **sizes)
 
   def _open_log(self):
     if not hosts.is_main():
@@ -140,17 +158,18 @@ class Training:
         tensorboard_dir=self._board,
         groups=self._arm.groups,
       )
-    except ValueError as error:  # a line in the middle is no JSON
-      raise WorkdirError(f"{error}; remove the workdir to start again") from error
+    except ValueError as error:  # a line in the middle is no JSON, or of a later schema
+      raise WorkdirError(f"{error}; to start again, remove the workdir") from error
 
   def _chunk(self) -> dict:
     """Takes the steps of one chunk; returns its metrics as NumPy arrays."""
     chunk = self._arm.train["chunk"]
     following = chunk if self._done + chunk < self._arm.train["steps"] else 0
-    self._states, metrics = self._arm.runs.advance(self._states, chunk, following)
-    metrics = self._arm.runs.collect(metrics)
-    if not self._arm.allow_divergence:
-      self._check(metrics)
+    with self._watch.part("compute"):
+      self._states, metrics = self._arm.runs.advance(self._states, chunk, following)
+      metrics = self._arm.runs.collect(metrics)
+      if not self._arm.allow_divergence:
+        self._check(metrics)
     self._done += chunk
     self._log.write(train_records(self._arm, metrics, self._done))
     return metrics
@@ -158,19 +177,25 @@ class Training:
   def _look_around(self, last: bool) -> None:
     """What is due after a chunk: evaluation, measurement, checkpoint, stop."""
     arm, done = self._arm, self._done
-    if done % arm.train["eval_every"] == 0 or last:
-      self._evaluate("eval", arm.validation)
-    if arm.measure is not None and done % arm.train["variance_every"] == 0:
-      self._record("moments", arm.runs.apply_to_rows(*arm.measure, self._states))
-    if last and arm.test is not None:
-      self._evaluate("test", arm.test)
+    with self._watch.part("measure"):
+      if done % arm.train["eval_every"] == 0 or last:
+        self._evaluate("eval", arm.validation)
+      if arm.measure is not None and done % arm.train["variance_every"] == 0:
+        self._record("moments", arm.runs.apply_to_rows(*arm.measure, self._states))
+      if last and arm.test is not None:
+        self._evaluate("test", arm.test)
     # A signal may reach one process only; all stop after the same chunk.
     stop = hosts.any_process(bool(self._stop.caught))
-    if done % arm.train["checkpoint_every"] == 0 or last or stop:
-      self._save()
+    save = done % arm.train["checkpoint_every"] == 0 or last or stop
+    if save:
+      with self._watch.part("save"):
+        self._save()
+        if last or stop:
+          self._checkpoints.finish()
+    if save or done % arm.train["eval_every"] == 0:
+      self._log.write([self._watch.record(done)])
     if stop:  # after the last step too: a next arm must not start
       signum = self._stop.caught[0] if self._stop.caught else signal.SIGTERM
-      self._checkpoints.finish()
       raise InterruptedRunError(signum, done, self._folder.path)
 
   def _check(self, metrics: dict) -> None:
@@ -226,7 +251,7 @@ class Training:
     return self._checkpoints.finished_step == self._done
 
   def _elapsed(self) -> float:
-    return self._before + time.monotonic() - self._began
+    return self._before + self._watch.elapsed()
 
 
 def _has_finite_params(step, state, inputs) -> jax.Array:

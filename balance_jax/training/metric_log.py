@@ -2,7 +2,8 @@
 
 One record is one JSON object on one line. Every record has a `step`, so that a resumed run can
 drop what it is about to compute again. Numbers without a value (NaN, infinity, a group without an
-example) are null: the file is strict JSON and any reader can load it.
+example) are null: the file is strict JSON and any reader can load it. The first line is no record
+but a header with the version of the schema; docs/metrics.md has all fields.
 """
 
 import collections
@@ -16,6 +17,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+# Of the events and fields in docs/metrics.md. One more for every change that a reader must know of;
+# a new event or field is none.
+SCHEMA = 1
+_HEADER = json.dumps({"schema": SCHEMA}).encode() + b"\n"
 
 TENSORBOARD_INSTALL = "pip install 'balance_jax[tensorboard]'"
 
@@ -56,21 +62,34 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads a file of JSON lines; the torn last line that a crash leaves is dropped.
 
   Args:
-    path: file written by `MetricLog`.
+    path: file written by `MetricLog`; one without a header counts as written in schema 1.
 
   Returns:
-    One dict a line, in file order; null reads as None. Blank lines are skipped.
+    One dict a line, in file order, without the header; null reads as None. Blank lines are skipped.
 
   Raises:
-    ValueError: a line other than an unfinished last one is not a JSON object; names the line.
+    ValueError: a line other than an unfinished last one is not a JSON object; names the line. Or
+      the header names a schema that this version does not know.
   """
   # Bytes, since a torn line may end inside a character.
   *lines, tail = Path(path).read_bytes().split(b"\n")
   records = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-  try:
-    return [*records, _parse(tail, str(path))]
-  except ValueError:
-    return records
+  with contextlib.suppress(ValueError):
+    records.append(_parse(tail, str(path)))
+  return [record for record in records if not _is_header(record, path)]
+
+
+def _is_header(record: dict[str, Any], path) -> bool:
+  """Whether a line is a header, of this schema or an older one; files put together have several."""
+  if "schema" not in record or "step" in record:
+    return False
+  schema = record["schema"]
+  if not _is_step(schema) or not 1 <= schema <= SCHEMA:
+    raise ValueError(
+      f"{path} is written in schema {schema!r}, this version of balance_jax reads 1 to {SCHEMA}: "
+      "a newer balance_jax is needed"
+    )
+  return True
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -109,6 +128,8 @@ def _to_json(value: Any, name: str) -> Any:
 class MetricLog:
   """Appends records to a file of JSON lines, and optionally to TensorBoard event files.
 
+  A new file begins with the header, as does one that is continued, whether it had it or not.
+
   Args:
     path: the file, usually `metrics.jsonl`; missing folders are made.
     resume_step: None starts a new file, which must not exist yet. An int >= 0 continues an
@@ -118,7 +139,8 @@ class MetricLog:
     groups: names of the entries of list-valued fields in TensorBoard tags; None uses positions.
 
   Raises:
-    ValueError: `path` holds records and `resume_step` is None, or `resume_step` is not an int >= 0.
+    ValueError: `path` holds records and `resume_step` is None, `resume_step` is not an int >= 0, or
+      as `read_records`.
     ImportError: `tensorboard_dir` is given and tensorboardX is not installed.
 
   >>> import tempfile
@@ -155,6 +177,8 @@ class MetricLog:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a buffer, which would keep what the disk refused and try it again.
     self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+    if not self._size():
+      self._append(_HEADER)
 
   def write(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line a record at once, so that a crash loses at most the line in flight.
@@ -176,8 +200,11 @@ class MetricLog:
     if self._tensorboard is not None:
       self._tensorboard.write(plain)
 
+  def _size(self) -> int:
+    return self._file.seek(0, os.SEEK_END)
+
   def _append(self, data: bytes) -> None:
-    size = self._file.seek(0, os.SEEK_END)
+    size = self._size()
     rest = memoryview(data)
     try:
       with _named_in_errors(self._file.name):
@@ -189,7 +216,7 @@ class MetricLog:
 
   def is_empty(self) -> bool:
     """Whether no record has been written yet, by this or an earlier process."""
-    return self._file.seek(0, os.SEEK_END) == 0
+    return self._size() == len(_HEADER)
 
   def sync(self) -> None:
     """Waits until all records are on the disk itself."""
@@ -216,7 +243,7 @@ def _cut(path: Path, last_step: int) -> None:
   """Removes the records after `last_step`; those without a step belong to no step and stay."""
   kept = [r for r in read_records(path) if r.get("step") is None or r["step"] <= last_step]
   lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
-  replace_file(path, "".join(lines).encode("utf-8"))
+  replace_file(path, _HEADER + "".join(lines).encode("utf-8"))
 
 
 class _TensorBoard:

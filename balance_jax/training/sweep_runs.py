@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ class SweepRuns:
     devices: see `sweep`.
     placement: of every single run. On a mesh all devices work on every run, so `how` cannot be
       "shard".
+
+  Attributes:
+    seconds: what of the time inside of these methods, so far, was no computing: "compile", the
+      first call of each program until it returns, which traces and compiles it or reads it from the
+      cache; "data", the devices waited for rows, known when the chunk is collected; none with a
+      table.
   """
 
   def __init__(
@@ -56,9 +63,7 @@ class SweepRuns:
     self.cells = dict(cells) if isinstance(cells, Mapping) else stack_cells(cells)
     self._build = lambda cell: placement.spread(build(cell))
     self._init, self._placement, self.table = init, placement, table
-    self._programs: dict[Any, Callable] = {}
-    # Seconds that the devices waited for the rows of the last chunk; none with a table.
-    self.data_seconds = 0.0
+    self._forget_programs()
     if placement.mesh is not None:
       if how == "shard":
         raise ValueError(
@@ -85,10 +90,15 @@ class SweepRuns:
     cells = {name: np.asarray(values)[list(indices)] for name, values in self.cells.items()}
     chosen.cells = self._placement.put(jax.tree.map(jnp.asarray, cells))
     chosen.plan = dataclasses.replace(self.plan, num_runs=count, devices=self.plan.devices[:count])
-    chosen._programs = {}
+    chosen._forget_programs()
     if self._reading is not None:
       chosen._reading = chosen._read_ahead()
     return chosen
+
+  def _forget_programs(self) -> None:
+    self._programs: dict[Any, Callable] = {}
+    self._compiled = set()
+    self.seconds = {"compile": 0.0, "data": 0.0}
 
   @property
   def num_runs(self) -> int:
@@ -149,11 +159,11 @@ class SweepRuns:
     return self._call(("advance", length), fn, states, self._finish, donate=True)
 
   def collect(self, metrics: dict) -> dict:
-    """What the last `advance` returned as NumPy arrays, when it is done; sets `data_seconds`."""
+    """What the last `advance` returned as NumPy arrays, when it is done."""
     if self._reading is None:
       return jax.device_get(metrics)
     metrics, seconds = self._reading.collect(metrics)
-    self.data_seconds = seconds["data_seconds"]
+    self.seconds["data"] += seconds["data_seconds"]
     return metrics
 
   def _advance_one(self, run, shared, length):
@@ -261,7 +271,13 @@ class SweepRuns:
       self._programs[name] = jax.jit(program, donate_argnums=1 if donate else ())
     shared = self._on_device if shared is None else shared
     now = states.step[0] if states else ()
-    return self._programs[name](self.cells, states, given, (shared, now))
+    began = time.monotonic()
+    result = self._programs[name](self.cells, states, given, (shared, now))
+    # Called for its shapes, a program is not compiled yet.
+    if name not in self._compiled and _checks.is_concrete(result):
+      self._compiled.add(name)
+      self.seconds["compile"] += time.monotonic() - began
+    return result
 
 
 def _at_step(state: TrainState, step) -> TrainState:

@@ -48,6 +48,8 @@ def test_from_config_to_report(tmp_path, capsys):
   assert results["table"] in capsys.readouterr().out
   page = (path / "report.html").read_text()
   assert page.count("<svg") == 2
+  assert not list(path.rglob("metrics.jsonl"))  # as docs/metrics.md says
+  assert "time" not in results
 
 
 @pytest.mark.parametrize(

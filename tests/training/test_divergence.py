@@ -8,6 +8,7 @@ from balance_jax import data
 from balance_jax.training import TrainingDivergedError, byte_text, experiment, loop
 from balance_jax.training.checkpoint import Checkpointer
 from balance_jax.training.metric_log import read_records
+from balance_jax.training.timing import without_times
 from tests.training.tiny_run import load_documents, tiny
 
 ONE_METHOD = {
@@ -45,7 +46,7 @@ def poison(monkeypatch, rate):
 
 def run(path, **changes):
   experiment.run_experiment(tiny(**ONE_METHOD, **changes), path)
-  return read_records(path / "metrics.jsonl")
+  return without_times(read_records(path / "metrics.jsonl"))
 
 
 def of_seed(records, seed):

@@ -14,6 +14,7 @@ from balance_jax.training.config import resolve
 from balance_jax.training.dry_run import without_data
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.signals import InterruptedRunError
+from balance_jax.training.timing import without_times
 from tests.training.tiny_run import CONFIGS, load_config, load_documents, tiny
 
 ONE_GROUP = {"coordinate_check", "stability"}
@@ -25,7 +26,7 @@ def documents(monkeypatch):
 
 
 def records_of(path):
-  return read_records(path / "metrics.jsonl")
+  return without_times(read_records(path / "metrics.jsonl"))
 
 
 def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):

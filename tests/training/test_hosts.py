@@ -1,6 +1,5 @@
 """Several processes over gloo equal one device; what they do when one of them fails."""
 
-import functools
 import json
 import os
 import signal
@@ -105,7 +104,11 @@ def train_records(path) -> list[dict]:
 def test_an_experiment_of_two_processes(config, tmp_path):
   """One of them writes; stopped by a signal to the other, both save and both go on."""
   path = tmp_path / "two"
-  together = functools.partial(experiment, config, path)
+
+  def together(port, index):
+    # The last chunk: traced in one of the two invocations, wherever the first one stops.
+    return experiment(config, path, port, index, "--config.profile=5:6")
+
   processes = start(together, 2)
   wait_for(lambda: (path / "metrics.jsonl").exists() and train_records(path), processes)
   processes[1].send_signal(signal.SIGTERM)
@@ -115,6 +118,8 @@ def test_an_experiment_of_two_processes(config, tmp_path):
   assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-2000:]
   assert "resuming at step" in ended[0][2]
   assert ["verified error" in out for _, out, _ in ended] == [True, False]
+  for index in range(2):
+    assert len(list((path / "profile" / f"process_{index}").rglob("*.xplane.pb"))) == 1
   (single,) = finish(start(lambda *_: alone(config, tmp_path / "one"), 1))
   assert single[0] == 0
   one, two = ([r["loss"] for r in train_records(tmp_path / name)] for name in ("one", "two"))

@@ -49,10 +49,49 @@ def test_arrays_and_numbers_that_are_not_finite(tmp_path):
   text = (tmp_path / "m.jsonl").read_text(encoding="utf-8")
   assert "NaN" not in text
   assert "Infinity" not in text
-  assert text.count("\n") == 1
+  assert text.count("\n") == 2
   expected = dict(fields, f32=0.5, jax=[1.0, None, None], bf16=[1.5], bf16_scalar=1.5, nan=None)
   expected |= {"count": 7, "nested": {"x": [None, 1]}}
   assert read_records(tmp_path / "m.jsonl") == [_record(3, **expected)]
+
+
+def test_the_first_line_is_the_schema(tmp_path):
+  path = tmp_path / "m.jsonl"
+  header = '{"schema": 1}\n'
+  with MetricLog(path) as log:
+    assert log.is_empty()
+    assert path.read_text() == header
+    log.write([_record(1), _record(2)])
+    assert not log.is_empty()
+  with MetricLog(path, resume_step=1):
+    pass
+  assert path.read_text().startswith(header)
+  assert path.read_text().count("schema") == 1
+  # Without a header, and with one in each of two files put together.
+  old = path.read_text().removeprefix(header)
+  for text in (old, path.read_text() + path.read_text()):
+    path.write_text(text)
+    assert set(map(str, read_records(path))) == {str(_record(1))}
+  path.write_text(old)
+  with MetricLog(path, resume_step=1):
+    pass
+  assert path.read_text() == header + old
+  # A header that was torn is written again.
+  path.write_text(header[:5])
+  with MetricLog(path, resume_step=0) as log:
+    assert log.is_empty()
+  assert path.read_text() == header
+
+
+@pytest.mark.parametrize("schema", ["2", "0", '"1"', "null", "true"])
+def test_another_schema_is_refused(tmp_path, schema):
+  path = tmp_path / "m.jsonl"
+  path.write_text(f'{{"schema": {schema}, "more": 1}}\n{{"step": 1}}\n')
+  before = path.read_bytes()
+  for read in (read_records, lambda path: MetricLog(path, resume_step=0)):
+    with pytest.raises(ValueError, match=r"in schema .*, this version of balance_jax reads 1 to 1"):
+      read(path)
+  assert path.read_bytes() == before
 
 
 def test_torn_last_line_is_dropped(tmp_path):

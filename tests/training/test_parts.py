@@ -106,6 +106,7 @@ def assert_same(path, whole):
   assert (count > 1, other["config"].pop("sweep.parts")) == (True, 1)
   for results in (one, other):
     assert results.pop("seconds") > 0
+    assert " %" in results.pop("time")
     assert "cpu" in results.pop("device")
   assert differences(one, other) == []
   page, expected = ((p / "report.html").read_text() for p in (path, whole))

@@ -70,10 +70,10 @@ def test_a_sweep_says_how_long_it_waited():
   runs = sweep_of(Recorder(pause=0.2))
   _, metrics = runs.advance(runs.init(), 4)
   runs.collect(metrics)
-  assert 0.2 <= runs.data_seconds < 5
+  assert 0.2 <= runs.seconds["data"] < 5
   table_runs = sweep_of(TABLE)
   table_runs.collect(table_runs.advance(table_runs.init(), 4)[1])
-  assert table_runs.data_seconds == 0.0
+  assert table_runs.seconds["data"] == 0.0
 
 
 def test_measurements_choose_their_rows():
