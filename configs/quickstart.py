@@ -58,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.eval_every = 50
   config.train.checkpoint_every = 200
   config.train.max_rollbacks = 0  # returns to the last checkpoint after a NaN, with other batches
+  config.train.max_skips = 0  # steps of a run that may be not finite; they change nothing
   config.train.measure_every = 50  # steps between measurements for draw = "optimal"
   config.train.measure_examples = 4  # examples per group in one
   config.train.variance_every = 200  # steps between two reports of the gradient variance

@@ -7,6 +7,7 @@ has no seal, or does not agree with it, is no checkpoint: the one before it is u
 
 import concurrent.futures
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -69,7 +70,7 @@ class Checkpointer:
   def save(self, step: int, state: Any, extra: Any = None, score: float | None = None) -> None:
     """Starts to write a checkpoint, when the one before is finished.
 
-    The state is copied on its devices first and may be donated at once.
+    What is given is copied first, the state on its devices: it may be donated or changed at once.
 
     Args:
       step: its number, larger than those before it; a step already saved is left as it is.
@@ -86,7 +87,9 @@ class Checkpointer:
         return
       hosts.on_main(self._remove, step)
     args = self._ocp.args
-    items = args.Composite(state=args.PyTreeSave(_copy(state)), extra=args.JsonSave([extra]))
+    # Both are written later, when the caller may have changed them.
+    state, extra = _copy(state), copy.deepcopy(extra)
+    items = args.Composite(state=args.PyTreeSave(state), extra=args.JsonSave([extra]))
     with self._undone_on_failure(step):
       self._orbax.save(self._directory / str(step), args=items)
     self._running = step, self._thread.submit(self._complete, step, score)

@@ -41,8 +41,8 @@ def language_model(config: Mapping[str, Any]) -> Task:
   from balance_jax import models
 
   check_schedule(config["train"], "variance_every")
-  rollbacks = config["train"]["max_rollbacks"]
-  _checks.check_number("train.max_rollbacks", rollbacks, low=0, integer=True)
+  for name in ("max_rollbacks", "max_skips"):
+    _checks.check_number(f"train.{name}", config["train"][name], low=0, integer=True)
   mixers = _check_config(config)
   spec = config["data"]
   table = byte_text.load_rows(spec, "train")
@@ -76,6 +76,7 @@ def _arm(config, table, methods, labels) -> Arm:
     measure=_variance(train),
     train=train,
     max_rollbacks=train["max_rollbacks"],
+    max_skips=train["max_skips"],
     score="group_loss",
   )
 
@@ -102,6 +103,7 @@ def _runs(config, table, methods) -> SweepRuns:
       micro_batches=train["micro_batches"],
       measure_every=train["measure_every"],
       measure_examples=train["measure_examples"],
+      skip_bad_steps=train["max_skips"] > 0,
     )
 
   def init(cell: dict, step: Step) -> TrainState:
@@ -124,18 +126,20 @@ def _evaluate(step, state, batches) -> dict:
 
 
 def _chunk_record(metrics) -> dict:
-  group_loss = metrics["group_loss"]
-  count = group_loss.den.sum(axis=0)
+  good = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+  loss, norm = metrics["loss"][good], metrics["grad_norm"][good]
+  group_loss = jax.tree.map(lambda x: x[good].sum(axis=0), metrics["group_loss"])
   with np.errstate(invalid="ignore"):
-    losses = group_loss.num.sum(axis=0) / count  # NaN, written as null, without an example
+    losses = group_loss.num / group_loss.den  # NaN, written as null, without an example
   return {
-    "loss": metrics["loss"].mean(),
+    "loss": loss.mean() if good.any() else None,
     "group_loss": losses,
     "p": metrics["mixture"]["p"][-1],
     "r": metrics["mixture"]["r"][-1],
     "epochs": metrics["epochs"][-1],
-    "grad_norm": metrics["grad_norm"].mean(),
-    "grad_norm_var": metrics["grad_norm"].var(ddof=1) if len(metrics["grad_norm"]) > 1 else None,
+    "grad_norm": norm.mean() if good.any() else None,
+    "grad_norm_var": norm.var(ddof=1) if len(norm) > 1 else None,
+    "skipped": int((~good).sum()),
   }
 
 

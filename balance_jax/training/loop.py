@@ -84,7 +84,7 @@ class Training:
     """Takes up the last checkpoint, or begins; returns the records of returns it does not know."""
     if not self._checkpoints.latest_step():  # the state before step 0 is soon made again
       self._states, self._done = self._arm.runs.init(), 0
-      extra = {"seconds": 0.0, "rollbacks": []}
+      extra = {"seconds": 0.0, "rollbacks": [], "skipped": [0] * self._arm.runs.num_runs}
       hosts.on_main(lambda: self._folder.metrics.unlink(missing_ok=True))
       self._watch.go_back(None)
     else:
@@ -94,6 +94,7 @@ class Training:
       self._done = int(self._states.step[0])
       hosts.say(f"resuming at step {self._done} of {self._arm.train['steps']}")
       self._watch.go_back(self._done)
+    self._skipped = extra["skipped"]  # steps of each run that were left out
     if self._rollbacks is None:
       self._rollbacks, self._before = extra["rollbacks"], extra["seconds"]
     known = len(extra["rollbacks"])
@@ -207,7 +208,7 @@ class Training:
       name = f"{label['method']} with seed {label['seed']}"
       one = {key: metrics[key][index] for key in ("loss", "grad_norm")}
       try:
-        check_finite(one, self._done, name)
+        self._skip(index, one, name)
         if not healthy[index]:  # the last step's: the next loss would show it, but not the save
           raise TrainingDivergedError(last_step, "a parameter", name)
       except TrainingDivergedError as error:
@@ -215,6 +216,15 @@ class Training:
     if found:
       self._diverged = list(found)
       raise next(iter(found.values()))
+
+  def _skip(self, index: int, metrics: dict, name: str) -> None:
+    """Counts the steps of a run that were left out; raises at the first that is one too many."""
+    bad = np.flatnonzero(~np.logical_and(*map(np.isfinite, metrics.values())))
+    left = self._arm.max_skips - self._skipped[index]
+    if len(bad) > left:
+      first = int(bad[left])
+      check_finite(jax.tree.map(lambda x: x[first:], metrics), self._done + first, name)
+    self._skipped[index] += len(bad)
 
   def _evaluate(self, event: str, batches) -> None:
     arm = self._arm
@@ -241,6 +251,7 @@ class Training:
       {
         "seconds": self._elapsed(),
         "rollbacks": self._rollbacks,
+        "skipped": self._skipped,
         "config": self._config_digest,
       },
       score=score if step == self._done else None,

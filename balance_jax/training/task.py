@@ -33,6 +33,8 @@ class Arm:
     allow_divergence: whether a loss that is not finite is a result instead of an error.
     max_rollbacks: how often an arm may go back to its last checkpoint after such an error, with
       another data order for the runs it happened to; 0 stops at the first.
+    max_skips: how many steps of a run may be not finite and left out (`Step.skip_bad_steps`) before
+      that is such an error.
     score: field of the evaluation records whose mean over runs and groups, the lower the better,
       says which checkpoint is kept as the best; None for none.
   """
@@ -48,6 +50,7 @@ class Arm:
   train: Mapping[str, Any]
   allow_divergence: bool = False
   max_rollbacks: int = 0
+  max_skips: int = 0
   score: str | None = None
 
   def part(self, runs: Sequence[int]) -> "Arm":

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import args
 
 from balance_jax import training
 from balance_jax.training.checkpoint import SEAL, Checkpointer, CheckpointError
@@ -54,15 +55,23 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
   monkeypatch.setattr(Checkpointer, "_seal", seal_late)
   state = {"x": jnp.arange(1e6), "key": jax.random.key(3)}
   expected = np.asarray(state["x"]).copy()
+  json_save, extra = args.JsonSave, {"counts": [1]}
+
+  def save_late(value):  # as where orbax comes to the JSON only when the next steps are done
+    extra["counts"].append(2)
+    return json_save(value)
+
   with Checkpointer(tmp_path) as checkpoints:
-    checkpoints.save(4, state)
+    monkeypatch.setattr(args, "JsonSave", save_late)
+    checkpoints.save(4, state, extra)
     changed = jax.jit(lambda s: {**s, "x": -s["x"]}, donate_argnums=0)(state)
     assert state["x"].is_deleted()
     assert float(changed["x"][2]) == -2.0
     assert checkpoints.finished_step is None
     may_end.set()
-    restored, _ = checkpoints.restore(jax.eval_shape(lambda: changed))
+    restored, kept = checkpoints.restore(jax.eval_shape(lambda: changed))
     assert checkpoints.finished_step == 4
+    assert kept == {"counts": [1]}
   np.testing.assert_array_equal(restored["x"], expected)
 
 

@@ -1,5 +1,7 @@
 """Numbers that are not finite: stop, or go back and take another way. Data are synthetic."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -99,6 +101,44 @@ def test_the_number_of_returns_is_limited_and_the_last_good_state_kept(tmp_path,
     assert checkpoints.latest_step() == 0
   with pytest.raises(experiment.BadInputError, match=r"train\.max_rollbacks is -1"):
     run(tmp_path / "wrong", train__max_rollbacks=-1)
+
+
+def test_bad_steps_are_left_out_up_to_a_limit(tmp_path, monkeypatch):
+  poison(monkeypatch, 0.0)
+  clean = run(tmp_path / "clean", train__max_skips=3)
+  assert {r["skipped"] for r in clean if r["event"] == "train"} == {0}
+  poison(monkeypatch, 0.06)
+  records = run(tmp_path / "poisoned", train__max_skips=3)
+  counts = {seed: sum(r.get("skipped", 0) for r in of_seed(records, seed)) for seed in (0, 1, 2)}
+  assert 0 in counts.values()  # otherwise this test says nothing: choose another rate
+  assert 0 < max(counts.values()) <= 3
+  for seed, count in counts.items():
+    assert (of_seed(records, seed) == of_seed(clean, seed)) == (count == 0)
+    assert all(r["loss"] is not None for r in of_seed(records, seed) if r["event"] == "train")
+  # One less is not enough, also when it is interrupted between two of them and goes on.
+  with pytest.raises(TrainingDivergedError, match=r"is not finite at step"):
+    run(tmp_path / "fewer", train__max_skips=max(counts.values()) - 1)
+  first = max(r["step"] for r in records if r.get("skipped"))
+  monkeypatch.setattr(loop, "group_means", _killed_at(first))
+  with pytest.raises(Killed):
+    run(tmp_path / "killed", train__max_skips=3)
+  assert run(tmp_path / "killed", train__max_skips=3) == records
+  (extra,) = json.loads((tmp_path / "killed" / "checkpoints/12/extra/metadata").read_text())
+  assert extra["skipped"] == list(counts.values())  # those before the kill count
+  with pytest.raises(experiment.BadInputError, match=r"train\.max_skips is -1"):
+    run(tmp_path / "wrong", train__max_skips=-1)
+
+
+def _killed_at(step, original=loop.group_means):
+  calls = []
+
+  def group_means(arm, metrics):
+    calls.append(step)
+    if 4 * len(calls) == step:
+      raise Killed
+    return original(arm, metrics)
+
+  return group_means
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):

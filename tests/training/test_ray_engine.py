@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import uuid
@@ -106,17 +107,20 @@ def _is_zombie(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
   pytest.importorskip("ray", reason="pip install 'balance_jax[ray]'")
   if not importlib.util.find_spec("plone.app.locales"):
     pytest.skip("needs the text of the quickstart: pip install 'balance_jax[data]'")
-  nodes = Cluster(tmp_path_factory.mktemp("ray"))
+  # The names of Ray's sockets lie below it, and must not have more than 107 bytes.
+  folder = tempfile.TemporaryDirectory(prefix="r")
+  nodes = Cluster(Path(folder.name))
   try:
     nodes.start()
     yield nodes
   finally:
     for name in nodes.marks:
       nodes.kill(name)
+    folder.cleanup()
 
 
 @pytest.fixture(scope="module")
