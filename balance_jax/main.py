@@ -11,7 +11,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-config_flags.DEFINE_config_file("config", None, "The experiment; see configs/.", lock_config=True)
+config_flags.DEFINE_config_file(
+  "config", None, "The experiment; see configs/. A Python file, which is run.", lock_config=True
+)
 flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics, results and report.")
 flags.DEFINE_bool("distributed", False, "One of several processes of a cluster that can be asked.")
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where it cannot be asked.")

@@ -12,6 +12,7 @@ from balance_jax.training import experiment
 from balance_jax.training.measure import gradient_variance, variance_draws, variance_on_rows
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.reading import plan_rows, sampler_of
+from balance_jax.training.sharding import Placement, make_mesh
 from tests.data.conftest import write_catalogues
 from tests.training import tiny_run
 from tests.training.problems import init_params, make_problem
@@ -50,6 +51,24 @@ def test_the_runs_of_a_sweep_read_their_own_rows(how):
   plan = plan_rows(step, first, 4)
   first_read = jax.tree.map(lambda x: x[0], batches[0])
   assert_same_bytes(first_read, TABLE.take(plan.groups, plan.indices))
+
+
+def test_on_a_mesh_every_device_reads_its_part_of_every_run():
+  _, history = training.run_sweep(sweep_of(TABLE), 8, chunk=4)
+  reader = Recorder()
+  runs = sweep_of(reader, placement=Placement(make_mesh(4, 1)))
+  after, read_history = training.run_sweep(runs, 8, chunk=4)
+  assert_same(read_history, history, rtol=1e-4, atol=1e-5)
+  draw = functools.partial(variance_draws, examples=3, batches=2)
+  measure = functools.partial(variance_on_rows, examples=3, batches=2)
+  whole = sweep_of(TABLE)
+  expected, _ = training.run_sweep(whole, 8, chunk=4)
+  assert_same(
+    runs.apply_to_rows(draw, measure, after),
+    whole.apply_to_rows(draw, measure, expected),
+    rtol=1e-3,
+    atol=1e-5,
+  )
 
 
 def test_a_sweep_that_goes_back_reads_anew():
