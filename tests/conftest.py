@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # environment variable is for the command lines they start and for pytest's parallel workers.
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="balance_jax_"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def pytest_unconfigure(config):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import resource
 import signal
 import time
@@ -104,7 +105,7 @@ def no_room(owner, method, call) -> None:
   setattr(owner, method, limited)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_cannot_save(tmp_path, whole, failing):
   path = tmp_path / "run"
   fault = functools.partial(no_room, Checkpointer, "save", 3)
@@ -122,6 +123,7 @@ def assert_other_ended(ended) -> None:
   assert "another process is gone" in error or "task" in error
 
 
+@pytest.mark.slow
 def test_one_cannot_log(tmp_path, whole):
   path = tmp_path / "run"
   fault = functools.partial(no_room, loop.MetricLog, "write", 4)
@@ -132,16 +134,32 @@ def test_one_cannot_log(tmp_path, whole):
   goes_on(path, whole)
 
 
-def test_one_dies(tmp_path):
-  path = tmp_path / "run"
+def start_endless(path):
+  """Two processes that have written records and will not end by themselves."""
   processes = start_two(path, train__steps=10**6)
   while not (path / "metrics.jsonl").exists() or not losses(path):
     assert all(process.is_alive() for process in processes)
     time.sleep(0.1)
+  return processes
+
+
+def test_one_dies(tmp_path):
+  path = tmp_path / "run"
+  processes = start_endless(path)
   processes[1].kill()
   first, second = finish(path, processes)
   assert second[0] == -signal.SIGKILL
   assert_other_ended(first)
+
+
+def test_one_is_told_to_stop(tmp_path):
+  path = tmp_path / "run"
+  processes = start_endless(path)
+  os.kill(processes[1].pid, signal.SIGTERM)
+  ended = finish(path, processes)
+  assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+  (step,) = {re.search(r"by SIGTERM at step (\d+); saved", error)[1] for _, error in ended}
+  assert (path / "checkpoints" / step / SEAL).exists()
 
 
 def no_data(original=data.load_documents) -> None:
@@ -151,6 +169,7 @@ def no_data(original=data.load_documents) -> None:
   data.load_documents = missing
 
 
+@pytest.mark.slow
 def test_one_has_no_data(tmp_path, whole):
   path = tmp_path / "run"
   first, second = finish(path, start_two(path, (None, no_data)))

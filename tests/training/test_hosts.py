@@ -101,6 +101,7 @@ def train_records(path) -> list[dict]:
   return [r for r in read_records(path / "metrics.jsonl") if r["event"] == "train"]
 
 
+@pytest.mark.slow  # test_host_faults has the same in small, without the second half
 def test_an_experiment_of_two_processes(config, tmp_path):
   """One of them writes; stopped by a signal to the other, both save and both go on."""
   path = tmp_path / "two"

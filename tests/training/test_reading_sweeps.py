@@ -35,7 +35,7 @@ def sweep_of(table, how="map", names=("temperature", "cooldown", "optimal"), **k
   return training.SweepRuns(build, init, cells, table, how=how, **kwargs)
 
 
-@pytest.mark.parametrize("how", ["vmap", "map", "shard"])
+@pytest.mark.parametrize("how", ["vmap", pytest.param("map", marks=pytest.mark.slow), "shard"])
 def test_the_runs_of_a_sweep_read_their_own_rows(how):
   devices = {"devices": jax.devices()[:2]} if how == "shard" else {}
   expected, history = training.run_sweep(sweep_of(TABLE, how, **devices), 12, chunk=4)
