@@ -5,7 +5,7 @@ save that the run waits for; a save that is written while the run goes on (what 
 Reported: the seconds by which a save makes a turn longer, in per cent of a minute.
 
 Command: python benchmarks/checkpoints.py
-About eight minutes on two cores; writes up to 2 GB into a temporary folder.
+About seven minutes on two cores; writes up to 2 GB into a temporary folder.
 """
 
 import argparse
