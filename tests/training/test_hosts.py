@@ -56,7 +56,7 @@ def finish(processes) -> list[tuple[int, str, str]]:
       process.kill()
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 1)])
+@pytest.mark.parametrize(("count", "devices"), [pytest.param(2, 4, marks=pytest.mark.slow), (4, 1)])
 def test_processes_equal_one_device(count, devices):
   child = "tests.training.mesh_child"
   ended = finish(start(lambda port, index: ["-m", child, port, count, index, devices], count))
