@@ -104,8 +104,7 @@ def _find(source: str | os.PathLike, data_dir: str | os.PathLike | None) -> tupl
   if isinstance(source, str) and source in sources.SOURCES:
     directory = builder.prepare(source, data_directory(data_dir))
   elif isinstance(source, str) and source.startswith("tfds:"):
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    directory = prepared.find_dataset(source, prepared.data_directory(data_dir, default))
+    directory = prepared.find_dataset(source, data_dir)
   else:
     directory = prepared.existing_directory(source)
   # A copy may lie anywhere; under the name of ours the digests may not be missing.

@@ -141,8 +141,7 @@ def read_tfds(split: str, source: str, data_dir: str | os.PathLike | None = None
   Returns:
     The split.
   """
-  default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  directory = prepared.find_dataset(source, prepared.data_directory(data_dir, default))
+  directory = prepared.find_dataset(source, data_dir)
   dataset = prepared.open_dataset(directory)
   info = dataset.info
   for feature in ("image", "label"):

@@ -99,8 +99,10 @@ def existing_directory(source: str | os.PathLike) -> Path:
   )
 
 
-def find_dataset(source: str, data_dir: Path) -> Path:
-  """The directory of "tfds:name[/config][:version]", looked up as TFDS lays it out."""
+def find_dataset(source: str, data_dir: str | os.PathLike | None) -> Path:
+  """The directory of "tfds:name[/config][:version]", looked up as TFDS lays it out and by default
+  where it does: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+  data_dir = data_directory(data_dir, os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
   match = re.fullmatch(r"tfds:(\w+)(?:/([\w.\-]+))?(?::(\d+\.\d+\.\d+))?", source)
   if match is None:
     raise ValueError(f"source must look like 'tfds:name[/config][:version]', got {source!r}")
