@@ -1,7 +1,6 @@
 """Checkpoints hold every kind of array, keep the newest and the best, and notice any damage."""
 
 import os
-import resource
 import shutil
 import threading
 
@@ -14,6 +13,7 @@ from orbax.checkpoint import args
 from balance_jax import training
 from balance_jax.training.checkpoint import SEAL, Checkpointer, CheckpointError
 from tests.training.problems import make_problem
+from tests.training.tiny_run import files_of_at_most
 
 ONE = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
 
@@ -202,20 +202,16 @@ def test_an_unfinished_save_is_written_again(tmp_path):
 @pytest.mark.parametrize("limit", [3000, 600])
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path, capfd, limit):
   state = {"x": jnp.asarray(np.random.default_rng(0).random(1000 if limit == 3000 else 3))}
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
   with Checkpointer(tmp_path) as checkpoints:
     checkpoints.save(4, state)
     checkpoints.finish()
     files = {path: path.stat().st_size for path in (tmp_path / "4").rglob("*") if path.is_file()}
     too_large = [path.name for path, size in files.items() if size > limit]
     assert (too_large == [SEAL]) == (limit == 600)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with files_of_at_most(limit):
       checkpoints.save(8, state)
       with pytest.raises(CheckpointError) as error:
         checkpoints.finish()
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = f"checkpoint {tmp_path}/8 cannot be written: File too large; the same command goes"
     assert str(error.value) == f"{message} on from step 4"
     assert capfd.readouterr().err == ""

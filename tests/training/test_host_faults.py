@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import resource
 import signal
 import time
 from pathlib import Path
@@ -93,14 +92,11 @@ def no_room(owner, method, call) -> None:
       return original(self, *args, **kwargs)
     if owner is Checkpointer:
       self.finish()  # of the save before; the limit counts for what other threads write as well
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    try:
+    with tiny_run.files_of_at_most(0):
       result = original(self, *args, **kwargs)
       if owner is Checkpointer:
         self.finish()
       return result
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
   setattr(owner, method, limited)
 

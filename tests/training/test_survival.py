@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import time
 
@@ -114,13 +113,11 @@ def fill_the_disk(owner, method, call) -> None:
 
   def limited(self, *args, **kwargs):
     calls.append(method)
-    room = self._file.seek(0, os.SEEK_END) + 100 if owner is MetricLog else 60_000
-    limit = room if len(calls) == call else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
+    if len(calls) != call:
       return original(self, *args, **kwargs)
-    finally:  # standard error is a file, too
-      resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    room = self._file.seek(0, os.SEEK_END) + 100 if owner is MetricLog else 60_000
+    with tiny_run.files_of_at_most(room):
+      return original(self, *args, **kwargs)
 
   setattr(owner, method, limited)
 

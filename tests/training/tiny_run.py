@@ -1,8 +1,10 @@
 """The quickstart at a size of seconds on two made-up languages, here or in a process of its own."""
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -101,6 +103,17 @@ def _command(path: Path, prepare, given, log, changes) -> None:
   if prepare is not None:
     prepare()
   sys.exit(main.main([""]))
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+  """Inside of it no file can grow beyond `size` bytes, whichever thread writes: a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:  # standard error is a file, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def on_file_events(path, do, *args) -> None:
