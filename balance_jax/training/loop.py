@@ -187,6 +187,8 @@ class Training:
         self._evaluate("test", arm.test)
     # A signal may reach one process only; all stop after the same chunk.
     stop = hosts.any_process(bool(self._stop.caught))
+    if stop:
+      self._stop.heed()
     save = done % arm.train["checkpoint_every"] == 0 or last or stop
     if save:
       with self._watch.part("save"):

@@ -40,8 +40,9 @@ def parse_window(text: str, num_steps: float) -> range | None:
 class Profile:
   """Traces the chunks that hold a step of the window; use it as a context manager.
 
-  However it is left, a trace that has begun is written. What the profiler cannot do is said, and
-  the training goes on without it.
+  However it is left, a trace that has begun is written; a process that a signal ends in the middle
+  of a chunk (see `signals`) does not leave it. What the profiler cannot do is said, and the
+  training goes on without it.
 
   Args:
     window: the steps, or None; those after the last step of this arm are left out.

@@ -43,6 +43,11 @@ class StopRequest:
 
   def __init__(self):
     self.caught: list[int] = []
+    self.heeded = threading.Event()
+
+  def heed(self) -> None:
+    """The main thread leaves by itself; from now on it takes the time it needs."""
+    self.heeded.set()
 
 
 @contextlib.contextmanager
@@ -50,7 +55,8 @@ def stop_signals(is_saved: Callable[[], bool] | None = None):
   """Collects Ctrl-C and SIGTERM instead of dying; a second Ctrl-C interrupts at once.
 
   SIGTERM with nothing unsaved ends the process within `GRACE` seconds, or when the running save is
-  over, in the middle of a compilation too, with exit code 143. Only for the main thread.
+  over, in the middle of a compilation too, with exit code 143, unless the main thread has heeded
+  it. Only for the main thread.
 
   Args:
     is_saved: tells whether all that is done has been saved, from another thread; None never to end
@@ -59,7 +65,7 @@ def stop_signals(is_saved: Callable[[], bool] | None = None):
   Yields:
     `StopRequest`.
   """
-  stop, left = StopRequest(), threading.Event()
+  stop = StopRequest()
 
   def handler(signum, frame):
     if stop.caught and signum == signal.SIGINT:
@@ -72,12 +78,12 @@ def stop_signals(is_saved: Callable[[], bool] | None = None):
   # Handlers run between two lines of Python only; the number of the signal is written at once.
   old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-  watcher = threading.Thread(target=_watch, args=(reader, left, is_saved), daemon=True)
+  watcher = threading.Thread(target=_watch, args=(reader, stop.heeded, is_saved), daemon=True)
   watcher.start()
   try:
     yield stop
   finally:
-    left.set()
+    stop.heed()
     for number, previous in old.items():
       signal.signal(number, previous)
     signal.set_wakeup_fd(old_fd)
@@ -86,12 +92,12 @@ def stop_signals(is_saved: Callable[[], bool] | None = None):
     os.close(reader)
 
 
-def _watch(reader: int, left: threading.Event, is_saved: Callable[[], bool] | None) -> None:
+def _watch(reader: int, heeded: threading.Event, is_saved: Callable[[], bool] | None) -> None:
   """Ends the process after a SIGTERM that the main thread does not heed, if that loses nothing."""
   while number := os.read(reader, 1):
     if is_saved is None or number[0] != signal.SIGTERM:
       continue
-    while not left.wait(GRACE):
+    while not heeded.wait(GRACE):
       if is_saved():  # or may be so in a moment: a save takes its time
         print(
           "stopped by SIGTERM, nothing to save: the same command goes on from the last checkpoint",

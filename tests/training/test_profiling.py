@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from balance_jax import data
-from balance_jax.training import TrainingDivergedError, experiment, loop
+from balance_jax.training import TrainingDivergedError, experiment, loop, signals
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.profiling import Profile, parse_window
 from balance_jax.training.signals import InterruptedRunError
@@ -70,6 +70,7 @@ def stop_after(monkeypatch, number) -> None:
 
 
 def test_an_interrupted_window_and_what_is_left_of_it(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(signals, "GRACE", 0.01)  # writing the trace takes longer
   stop_after(monkeypatch, 2)
   with pytest.raises(InterruptedRunError, match="at step 8"):
     experiment.run_experiment(tiny(**SMALL, profile="4:12"), tmp_path)
