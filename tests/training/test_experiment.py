@@ -122,6 +122,7 @@ def test_a_sweep_over_learning_rates_is_one_program(tmp_path):
     ({"sweep__axes__learning_rate": (1e-3, -1.0)}, "learning_rate is -1.0"),
     ({"sweep__axes__learning_rate": ()}, r"sweep\.axes\.learning_rate is \(\)"),
     ({"data__window": 2000}, "window = 2000"),
+    ({"data__languages": ("big",)}, "data holds one group, 'big'"),
     ({"parallel": "vmapp"}, "did you mean 'vmap'"),
     ({"task": "langauge_model"}, "did you mean 'language_model'"),
     ({"reference": "uniform"}, "reference is 'uniform'"),
