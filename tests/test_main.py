@@ -73,9 +73,10 @@ def test_a_small_run_on_real_data(tmp_path):
 
 def test_a_dry_run_needs_no_data_and_no_folder(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  done = command(None, "--dry_run", config="configs/predict_instability.py")
+  sizes = "--config.sizes=((8,1,2),)"
+  done = command(None, "--dry_run", sizes, config="configs/lr_sensitivity.py")
   assert done.returncode == 0, done.stderr
-  assert "softmax-w96-d3" in done.stdout
+  assert "qk_norm-w8-d1" in done.stdout
   assert "FLOPs a step" in done.stdout
   assert "Data not installed: shapes only" in done.stdout
   assert not list(tmp_path.iterdir())

@@ -16,7 +16,6 @@ from tests.training.tiny_run import load_documents, tiny
 ONE_METHOD = {
   "methods": ("temperature_5",),
   "train__checkpoint_every": 4,
-  "train__variance_every": 16,
   "seeds": (0, 1, 2),
 }
 cross_entropy_loss = byte_text.cross_entropy_loss

@@ -30,8 +30,8 @@ def records_of(path):
 
 
 def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
-  path = tmp_path / "run"
-  experiment.run_experiment(tiny(), path)
+  path, config = tmp_path / "run", tiny(train__variance_every=12)
+  experiment.run_experiment(config, path)
   first = capsys.readouterr().out
   assert {p.name for p in path.iterdir()} == {
     ".lock", "checkpoints", "config.json", "finished.json", "metrics.jsonl", "report.html",
@@ -49,14 +49,14 @@ def test_run_writes_everything_and_knows_when_it_is_done(tmp_path, capsys):
   early, late = cooldown[0]["p"][1], cooldown[-1]["p"][1]
   assert late < early  # the switch at half of the steps lowers the small language's share
   before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
-  experiment.run_experiment(tiny(), path)
+  experiment.run_experiment(config, path)
   again = capsys.readouterr().out
   assert "finished before; nothing to do" in again
   assert results["table"] in first
   assert results["table"] in again
   assert before == {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
   with pytest.raises(experiment.BadInputError, match=r"train\.batch_size was 4, is 8"):
-    experiment.run_experiment(tiny(train__batch_size=8), path)
+    experiment.run_experiment(tiny(train__variance_every=12, train__batch_size=8), path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

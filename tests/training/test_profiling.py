@@ -16,7 +16,7 @@ from balance_jax.training.signals import InterruptedRunError
 from tests.training import test_coordinate_check_task, test_stability_task
 from tests.training.tiny_run import load_documents, tiny
 
-SMALL = {"methods": ("temperature_5",), "seeds": (0,), "train__variance_every": 16}
+SMALL = {"methods": ("temperature_5",), "seeds": (0,)}
 
 
 @pytest.fixture(autouse=True)

@@ -120,6 +120,7 @@ def source(tmp_path, monkeypatch):
     "data__languages": ("aa", "bb"),
     "data__directory": str(tmp_path / "data"),
     "mixers__optimal_5__delay": 8,
+    "train__variance_every": 12,
   }
 
 

@@ -13,6 +13,7 @@ from balance_jax.training import experiment, robust_task
 from balance_jax.training.config import resolve
 from balance_jax.training.metric_log import read_records
 from balance_jax.training.sweep_runs import run_sweep
+from tests.training.metrics_schema import check, check_order
 
 pytest.importorskip("sklearn", reason="pip install 'balance_jax[data]'")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,9 +54,12 @@ def test_a_run_writes_records_results_and_a_report(finished):
   assert [row["arm"] for row in results["summary"]["rows"]] == ["BN", "all"]
   assert results["summary"]["violations"] == 0
   assert "<svg" in (finished / "report.html").read_text()
-  records = [
-    r for arm in ("BN", "all") for r in read_records(finished / "arms" / arm / "metrics.jsonl")
-  ]
+  arms = [read_records(finished / "arms" / name / "metrics.jsonl") for name in ("BN", "all")]
+  for found in arms:
+    check(found, "robust", ["if bounded"])
+    check_order(found, num_runs=2)
+    assert {r["event"] for r in found} == {"train", "eval", "test", "time"}
+  records = [record for found in arms for record in found]
   train = [r for r in records if r["event"] == "train" and r["arm"] == "all" and r["seed"] == 0]
   assert [round(r["epoch"], 3) for r in train] == [1.0, 2.0, 3.0]
   # The radius belongs to the step before: at the end of an epoch it is one step short of the ramp.
@@ -67,6 +71,7 @@ def test_a_run_writes_records_results_and_a_report(finished):
     if record["event"] in ("eval", "test"):
       assert record["certified"] <= record["attacked"] <= record["natural"]
       assert sum(record["class_counts"]) == 20
+      assert {"certified_ibp", "certified_crown_ibp"} <= record.keys()
   tests = [r for r in records if r["event"] == "test"]
   assert len(tests) == 4
   assert all(sum(r["margin_histogram"]) == 20 for r in tests)
@@ -169,11 +174,12 @@ def test_bad_configs_are_named_and_write_nothing(case, tmp_path):
   ],
 )
 def test_every_config_builds(name, argument, steps):
-  """Shapes of every arm, on stand-in images, and as many steps as the real ones make."""
+  """Every arm, on stand-in images, and as many steps as the real ones make."""
   module = load(name)
   config = resolve(module.get_config() if argument is None else module.get_config(argument))
   config["data"]["source"] = "stand_in"
   config["seeds"] = config["seeds"][:1]
+  config["parallel"] = "map"  # "auto" traces a step of every arm
   task = robust_task.robust_task(config)
   for arm in robust_task.arm_configs(config).values():
     assert arm["settings"]

@@ -17,6 +17,7 @@ from balance_jax.training.metric_log import read_records
 from balance_jax.training.signals import InterruptedRunError
 from balance_jax.training.sweep_runs import run_sweep
 from balance_jax.training.timing import without_times
+from tests.training.metrics_schema import check, check_order
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lr_sensitivity.py"
 SETTINGS = {
@@ -136,7 +137,7 @@ def test_an_experiment_of_two_arms_from_config_to_report(tmp_path, capsys):
 
 
 def test_a_stop_in_the_second_arm_resumes_exactly(tmp_path, monkeypatch):
-  config = tiny(architectures={"plain": {}}, learning_rates=(1e-3, 1e-2), seeds=(0,))
+  config = tiny(architectures={"plain": {}}, seeds=(0,), statistics=False)
   experiment.run_experiment(config, tmp_path / "whole")
   group_means, calls = loop.group_means, []
 
@@ -158,17 +159,26 @@ def test_a_stop_in_the_second_arm_resumes_exactly(tmp_path, monkeypatch):
     assert without_times(part) == without_times(whole)
 
 
-def test_divergence_is_a_result(tmp_path):
+@pytest.mark.parametrize("statistics", [True, False])
+def test_divergence_is_a_result(tmp_path, statistics):
   """With learning rate 1e30 the loss is no number, and the run goes on."""
   config = tiny(
-    architectures={"plain": {}}, sizes=((8, 1, 2),), learning_rates=(1e-2, 1e30),
-    window=(1e-2, 1e30), seeds=(0,),
+    architectures={"plain": {}}, sizes=((8, 2, 2),), learning_rates=(1e-2, 1e30),
+    window=(1e-2, 1e30), seeds=(0,), statistics=statistics,
   )  # fmt: skip
   experiment.run_experiment(config, tmp_path / "run")
-  records = read_records(tmp_path / "run" / "arms" / "plain-w8-d1" / "metrics.jsonl")
+  records = read_records(tmp_path / "run" / "arms" / "plain-w8-d2" / "metrics.jsonl")
   finals = [r["loss"] for r in records if r["event"] == "eval" and r["step"] == 8]
   assert finals[0] is not None
   assert finals[1] is None
+  options = ["if statistics"] if statistics else []
+  check([r for r in records if r.get("learning_rate") != 1e30], "stability", options)
+  check(records, "stability", options, diverged=True)
+  with pytest.raises(AssertionError):  # null where the table says it means a divergence
+    check(records, "stability", options)
+  check_order(records, num_runs=2)
+  assert {record["event"] for record in records} == {"train", "eval", "time"}
+  assert any("log_z" in record for record in records) == statistics
 
 
 def test_mup_variants_scale_rates_and_start():
@@ -232,9 +242,9 @@ def test_an_unknown_figure_names_the_known_ones():
 
 
 def test_a_dry_run_gives_parameters_operations_and_memory():
-  text = experiment.describe(tiny())
+  text = experiment.describe(tiny(sizes=((8, 1, 2),)))
   rows = {line.split()[0]: line.split() for line in text.splitlines() if "-w" in line}
-  assert set(rows) == {"plain-w8-d1", "plain-w16-d1", "qk_norm-w8-d1", "qk_norm-w16-d1"}
+  assert set(rows) == {"plain-w8-d1", "qk_norm-w8-d1"}
   count = 256 * 8 * 2 + 12 * 8**2 + 3 * 8
   assert rows["plain-w8-d1"][2] == f"{count:,}"
   flops = float(rows["plain-w8-d1"][3])

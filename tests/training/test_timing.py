@@ -15,7 +15,7 @@ from balance_jax.training.timing import PARTS, StopWatch, time_line, without_tim
 from tests.training.test_divergence import poison
 from tests.training.tiny_run import load_documents, tiny
 
-SMALL = {"methods": ("temperature_5",), "train__variance_every": 16}
+SMALL = {"methods": ("temperature_5",)}
 
 
 @pytest.fixture

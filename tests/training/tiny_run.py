@@ -25,13 +25,16 @@ def load_config(path=None):
 
 
 def tiny(**changes):
-  """The resolved config; changes are given as optimizer__learning_rate=..."""
+  """The resolved config; changes are given as optimizer__learning_rate=...
+
+  The moments of the gradient would be measured for the first time after the last step.
+  """
   config = load_config()
   config.data.languages = ("big", "small")
   config.data.window = 8
   config.model.update(width=8, depth=1, heads=2)
   config.train.update(
-    steps=12, chunk=4, batch_size=4, eval_every=4, checkpoint_every=8, variance_every=12,
+    steps=12, chunk=4, batch_size=4, eval_every=4, checkpoint_every=8, variance_every=16,
     measure_every=4, variance_examples=2, variance_batches=2,
   )  # fmt: skip
   config.methods = ("temperature_5", "optimal_5", "cooldown")
