@@ -2,6 +2,7 @@
 
 Memory: a process of its own trains on a corpus of ArrayRecord files. Once it has compiled, the
 kernel allows it only `--allowed` megabytes more of memory (RLIMIT_DATA), a fraction of the corpus.
+Another process has as little to cut the rows of a TFDS data set of this size with `data.load_rows`.
 
 Speed: the quickstart's decoder with its batch of 32 rows, a chunk of 50 steps a program. The device
 table holds as many rows of 65 tokens; a record on disk holds 16 KiB, of which the model reads the
@@ -10,7 +11,7 @@ in one process. Reported: table / reader, and the share of the time that the dev
 with and without the first chunk of a turn, whose reading nothing can hide.
 
 Command: python benchmarks/reader.py
-About five minutes on two cores; writes 1.3 GB into a temporary folder.
+About seven minutes on two cores; writes 6 GB into a temporary folder.
 """
 
 import argparse
@@ -156,29 +157,56 @@ def read_within(directory, args):
   reader = data.GroupReader(open_corpus(directory), workers=args.workers)
   turn, _ = turns(reader, args, mixing.proportional(reader.sizes))
   turn()  # compiles
-  status = dict(
-    line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-  )
-  limit = int(status["VmData"].split()[0]) * 1024 + args.allowed * MEGABYTE
-  resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-  resident = int(status["VmRSS"].split()[0]) / 1024
-  rows, target = 0, sum(reader.group_sizes)
+  resident, rows, target = limit_memory(args), 0, sum(reader.group_sizes)
   while rows < target:  # as many rows as the corpus has
     turn()
     rows += args.steps * args.batch
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-  print(json.dumps({"megabytes_before": resident, "megabytes_peak": peak, "rows_read": rows}))
+  tell(resident, rows_read=rows)
 
 
-def measure_memory(directory, args):
-  """Runs `read_within` and judges what it says."""
+def prepare_within(directory, args):
+  """In a process of its own: cuts the rows of the data set in little memory."""
+  # What is imported late counts as memory that is needed anyway.
+  data.load_rows(directory / "small", "train", window=64, data_dir=directory / "rows")
+  resident = limit_memory(args)
+  reader = data.load_rows(directory / "large", "train", window=64, data_dir=directory / "rows")
+  tell(resident, rows_written=sum(reader.group_sizes))
+
+
+def limit_memory(args):
+  """Allows this process `args.allowed` megabytes more; returns those that it has resident."""
+  limit = int((memory("VmData") + args.allowed) * MEGABYTE)
+  resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+  return memory("VmRSS")
+
+
+def memory(kind):
+  """Megabytes of this process, from the kernel; getrusage may give the peak of its parent."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(dict(line.split(":") for line in status.splitlines())[kind].split()[0]) / 1024
+
+
+def tell(resident, **counts):
+  """To the process that started this one."""
+  print(json.dumps({"megabytes_before": resident, "megabytes_peak": memory("VmHWM"), **counts}))
+
+
+def measure_memory(what, directory, pattern, args):
+  """Runs `read_within` or `prepare_within` and judges what it says.
+
+  Args:
+    what: "train" or "prepare".
+    directory: given to that process.
+    pattern: of the files of the corpus below it.
+    args: of the command line.
+  """
   flags = [f"--{name}={getattr(args, name)}" for name in ("batch", "chunk", "steps", "workers")]
-  command = [sys.executable, __file__, f"--within={directory}", f"--allowed={args.allowed}", *flags]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+  command = [sys.executable, __file__, f"--within={what}:{directory}", f"--allowed={args.allowed}"]
+  done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=1800)
   if done.returncode:
-    raise SystemExit(f"training within {args.allowed} MB failed:\n{done.stderr[-3000:]}")
+    raise SystemExit(f"{what} within {args.allowed} MB failed:\n{done.stderr[-3000:]}")
   found = json.loads(done.stdout.splitlines()[-1])
-  files = sum(path.stat().st_size for path in directory.glob("*.array_record")) / MEGABYTE
+  files = sum(path.stat().st_size for path in directory.glob(pattern)) / MEGABYTE
   growth = found["megabytes_peak"] - found["megabytes_before"]
   result = {
     **found,
@@ -188,16 +216,59 @@ def measure_memory(directory, args):
     "corpus_over_allowed": files / args.allowed,
   }
   print(
-    f"memory           grew by {growth:.0f} MB in reading {files:.0f} MB, "
+    f"memory, {what:8} grew by {growth:.0f} MB with {files:.0f} MB on disk, "
     f"{files / args.allowed:.1f} times the {args.allowed} MB allowed"
   )
   return result
 
 
+def write_dataset(directory, megabytes, document_bytes):
+  """A TFDS data set of documents of random letters, which do not compress well."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import shuffle
+
+  # Beyond 1000 MB TFDS would sort the examples on disk, which takes TensorFlow.
+  shuffle.MAX_MEM_BUFFER_SIZE = 2 * megabytes * MEGABYTE
+  count = megabytes * MEGABYTE // document_bytes
+  text = tfds.features.Text()
+
+  class Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+    name = "corpus"
+    url_infos = {}  # noqa: RUF012
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({"language": text, "text": text})
+      return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      rng = np.random.default_rng(0)
+      letters = np.frombuffer(bytes(range(32, 127)), np.uint8)
+      groups = rng.choice(len(SHARES), count, p=np.array(SHARES) / sum(SHARES))
+      for number, group in enumerate(groups):
+        document = letters[rng.integers(len(letters), size=document_bytes)].tobytes().decode()
+        yield number, {"language": f"group{group}", "text": document}
+
+  tfds.disable_progress_bar()
+  made = Corpus(data_dir=f"{directory}.made", file_format="array_record")
+  made.download_and_prepare()
+  made.data_path.rename(directory)
+
+
+def measure_preparation(directory, args):
+  """Writes a small and the large data set; rows of the large one are cut in little memory."""
+  for name, megabytes in (("small", 1), ("large", args.megabytes)):
+    write_dataset(directory / name, megabytes, args.document_bytes)
+  return measure_memory("prepare", directory, "large/*.array_record*", args)
+
+
 def main():
   """Writes the corpus, measures, prints and writes the result."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--megabytes", type=int, default=1300, help="of the corpus")
+  parser.add_argument("--megabytes", type=int, default=1450, help="of the corpus")
   parser.add_argument("--record_bytes", type=int, default=16384)
   parser.add_argument("--allowed", type=int, default=300, help="megabytes of memory")
   parser.add_argument("--batch", type=int, default=32)
@@ -205,18 +276,24 @@ def main():
   parser.add_argument("--steps", type=int, default=250, help="of a turn")
   parser.add_argument("--workers", type=int, default=2)
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--within", default="", help="internal: train on this corpus and report")
+  parser.add_argument("--document_bytes", type=int, default=4096, help="of the data set")
+  parser.add_argument("--within", default="", help="internal: what to do in little memory, where")
   parser.add_argument("--out", default="")
   args = parser.parse_args()
   if args.within:
-    read_within(pathlib.Path(args.within), args)
+    what, _, directory = args.within.partition(":")
+    {"train": read_within, "prepare": prepare_within}[what](pathlib.Path(directory), args)
     return
+  result = {}
   with tempfile.TemporaryDirectory() as directory:
-    write_corpus(pathlib.Path(directory), args.megabytes, args.record_bytes)
-    memory = measure_memory(pathlib.Path(directory), args)
-    speed = measure_speed(pathlib.Path(directory), args)
-  packages = ("jax", "optax", "numpy", "array_record")
-  common.write("reader", {"memory": memory, "speed": speed}, packages, args.out)
+    result["preparation"] = measure_preparation(pathlib.Path(directory), args)
+  with tempfile.TemporaryDirectory() as folder:
+    directory, pattern = pathlib.Path(folder), "*.array_record"
+    write_corpus(directory, args.megabytes, args.record_bytes)
+    result["memory"] = measure_memory("train", directory, pattern, args)
+    result["speed"] = measure_speed(directory, args)
+  packages = ("jax", "optax", "numpy", "array_record", "tensorflow_datasets")
+  common.write("reader", result, packages, args.out)
 
 
 if __name__ == "__main__":

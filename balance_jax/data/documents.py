@@ -80,6 +80,11 @@ class Documents:
     dataset = prepared.open_dataset(self.directory, verified)
     self._examples = prepared.Examples(dataset, split, (group_key, text_key), verified)
 
+  @property
+  def at_once(self) -> int:
+    """How many examples to read at once."""
+    return self._examples.at_once
+
   def chunks(self) -> Iterator[range]:
     """Numbers of all examples, in parts."""
     return self._examples.chunks()

@@ -16,7 +16,8 @@ from typing import Any
 from balance_jax import _checks
 from balance_jax.data import digests, sources
 
-CHUNK = 4096  # examples read at once
+CHUNK = 4096  # examples read at once, at most
+_CHUNK_BYTES = 2**22  # of them on disk, about
 _INSTALL = "pip install 'balance_jax[data]'"
 _MAY_MAKE = contextvars.ContextVar("may_make", default=True)
 
@@ -186,6 +187,9 @@ class Examples:
     keys: the features.
     verified: whether digests vouch for the files.
 
+  Attributes:
+    at_once: how many examples to read at once, so that their size bounds the memory.
+
   Raises:
     ValueError: see `check_request`.
     CorruptedDataError: the files are not what `dataset_info.json` says.
@@ -207,6 +211,8 @@ class Examples:
         self._directory,
         f"split {name!r} has {stored} records, dataset_info.json says {info.num_examples}",
       )
+    size = sum(Path(path).stat().st_size for path in info.filepaths)
+    self.at_once = min(CHUNK, max(1, _CHUNK_BYTES * stored // max(size, 1)))
     if self.info.splits[split].num_examples == 0:
       return []
     return dataset.as_data_source(split, decoders=_skip_others(self.info.features, self._keys))
@@ -221,7 +227,8 @@ class Examples:
 
   def chunks(self) -> Iterator[range]:
     """All numbers in parts: at once, each record would be held twice, raw and decoded."""
-    return (range(start, min(start + CHUNK, len(self))) for start in range(0, len(self), CHUNK))
+    starts = range(0, len(self), self.at_once)
+    return (range(start, min(start + self.at_once, len(self))) for start in starts)
 
 
 def _select(example: dict[str, Any], keys: tuple[str, str]) -> dict[str, Any]:

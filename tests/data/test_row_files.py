@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,21 @@ def test_rows_are_those_of_the_table(foreign, tmp_path, monkeypatch, part):
   monkeypatch.setattr(row_files, "_PART", part)
   monkeypatch.setattr(prepared_data, "CHUNK", 7)
   reader = data.load_rows(foreign, "train", window=WINDOW, data_dir=tmp_path / "rows")
+  assert_same_rows(reader, data.load_documents(foreign, "train"))
+
+
+def test_the_size_of_documents_bounds_how_many_are_read_at_once(foreign, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepared_data, "_CHUNK_BYTES", 2000)
+  read, counts = prepared_data.Examples.read, []
+
+  def counted(self, indices):
+    counts.append(len(indices))
+    return read(self, indices)
+
+  monkeypatch.setattr(prepared_data.Examples, "read", counted)
+  reader = data.load_rows(foreign, "train", window=WINDOW, data_dir=tmp_path / "rows")
+  size = sum(path.stat().st_size for path in Path(foreign).glob("*.array_record*"))
+  assert 1 < max(counts) == 2000 * 200 // size < 200
   assert_same_rows(reader, data.load_documents(foreign, "train"))
 
 
@@ -91,7 +107,8 @@ def test_too_little_text_and_bad_arguments(small):
     data.load_rows("small", "train", window=WINDOW, data_dir=small, how="thread")
 
 
-def test_damage_is_noticed_in_the_facts_the_sizes_and_every_row(copied, recwarn):
+def test_damage_is_noticed_in_the_facts_the_sizes_and_every_page(copied, recwarn, monkeypatch):
+  monkeypatch.setattr(row_files, "_PAGE", 3 * (WINDOW + 1))
   shutil.rmtree(copied / "rows", ignore_errors=True)  # of other tests
   kwargs = {"window": WINDOW, "languages": ["aa"], "data_dir": copied, "workers": 1}
   clean = all_rows(data.load_rows("small", "train", **kwargs))
@@ -101,11 +118,11 @@ def test_damage_is_noticed_in_the_facts_the_sizes_and_every_row(copied, recwarn)
   where = content.index(clean[5].tobytes())
   file.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
   reader = data.load_rows("small", "train", **kwargs)
-  with pytest.raises(data.CorruptedDataError, match="record 5 of group 'aa' cannot be read"):
+  with pytest.raises(data.CorruptedDataError, match="record 3 of group 'aa' cannot be read"):
     all_rows(reader)
-  found = all_rows(data.load_rows("small", "train", max_corrupt=1, **kwargs))
-  assert np.flatnonzero((found != clean).any(axis=1)).tolist() == [5]
-  np.testing.assert_array_equal(found[5], clean[6])
+  found = all_rows(data.load_rows("small", "train", max_corrupt=3, **kwargs))
+  assert np.flatnonzero((found != clean).any(axis=1)).tolist() == [3, 4, 5]
+  np.testing.assert_array_equal(found[3:6], clean[[6, 6, 6]])
   file.write_bytes(content[:-1])
   with pytest.raises(data.CorruptedDataError, match=r"0\.array_record has .* bytes, not .*delete"):
     data.load_rows("small", "train", **kwargs)
