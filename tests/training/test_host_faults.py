@@ -101,7 +101,8 @@ def no_room(owner, method, call) -> None:
   setattr(owner, method, limited)
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # test_survival has it with one process
+@pytest.mark.parametrize("failing", [0, 1])
 def test_one_cannot_save(tmp_path, whole, failing):
   path = tmp_path / "run"
   fault = functools.partial(no_room, Checkpointer, "save", 3)

@@ -107,7 +107,7 @@ def save_now(self, *args, original=Checkpointer.save, **kwargs) -> None:
 
 
 def fill_the_disk(owner, method, call) -> None:
-  """In one call of a method no file can grow as large as the state, or the metrics."""
+  """In one call of a method no file can grow as large as a leaf of the state, or the metrics."""
   Checkpointer.save = save_now  # the limit counts for what other threads write as well
   original, calls = getattr(owner, method), []
 
@@ -115,7 +115,7 @@ def fill_the_disk(owner, method, call) -> None:
     calls.append(method)
     if len(calls) != call:
       return original(self, *args, **kwargs)
-    room = self._file.seek(0, os.SEEK_END) + 100 if owner is MetricLog else 60_000
+    room = self._file.seek(0, os.SEEK_END) + 100 if owner is MetricLog else 10_000
     with tiny_run.files_of_at_most(room):
       return original(self, *args, **kwargs)
 
