@@ -59,7 +59,9 @@ def load_documents(source, split, *, languages, **kwargs):
 
 # Processes are forked from one that has imported everything, but has not used a device.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["balance_jax.main", "orbax.checkpoint", __name__])
+_PROCESSES.set_forkserver_preload(
+  ["balance_jax.main", "balance_jax.models", "orbax.checkpoint", "matplotlib.figure", __name__]
+)
 
 
 def start(path, prepare=None, flags=(), log="", **changes):
