@@ -1,5 +1,6 @@
 """The window of steps that is traced: when, where, what is said. Data are synthetic."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -128,9 +129,10 @@ def test_what_the_profiler_cannot_do_costs_the_trace_only(tmp_path, capsys):
       for done in (0, 4):
         with profile.chunk(done):
           pass
-  finally:  # JAX keeps a trace that it could not write, and would begin no other
+  finally:  # JAX 0.10 keeps a trace that it could not write, and would begin no other
     (place / "plugins").unlink()
-    jax.profiler.stop_trace()
+    with contextlib.suppress(RuntimeError):  # later ones do not
+      jax.profiler.stop_trace()
   said = capsys.readouterr().err
   assert said.startswith("profile: ")
   assert said.endswith("; going on without a trace\n")
