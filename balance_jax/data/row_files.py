@@ -22,8 +22,8 @@ from balance_jax.data.table import check_length, windows
 
 # A record is a group of its own: what is read is what was asked for. Short rows do not compress.
 _OPTIONS = "group_size:1,uncompressed"
-# Bytes of the rows in a record, about: a disk reads no less at once, and a file takes memory for
-# every record.
+# Bytes of the rows in a record, about: a disk reads no less at once, and every record takes about
+# 50 bytes of memory while its file is written, 30 while it is read, and 50 on the disk.
 _PAGE = 4096
 _FACTS = "rows.json"
 _PART = 2**20  # tokens in memory while rows are cut

@@ -173,13 +173,14 @@ def test_bad_configs_are_named_and_write_nothing(case, tmp_path):
     ("certified_tinyimagenet_gpu", None, 80 * 743),
   ],
 )
-def test_every_config_builds(name, argument, steps):
+@pytest.mark.parametrize("parallel", ["map", pytest.param("auto", marks=pytest.mark.slow)])
+def test_every_config_builds(name, argument, steps, parallel):
   """Every arm, on stand-in images, and as many steps as the real ones make."""
   module = load(name)
   config = resolve(module.get_config() if argument is None else module.get_config(argument))
   config["data"]["source"] = "stand_in"
   config["seeds"] = config["seeds"][:1]
-  config["parallel"] = "map"  # "auto" traces a step of every arm
+  config["parallel"] = parallel  # "auto" traces a step of every arm
   task = robust_task.robust_task(config)
   for arm in robust_task.arm_configs(config).values():
     assert arm["settings"]
